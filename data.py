@@ -1,0 +1,531 @@
+"""Slice the CT volumes in raw/ into axial 2-D arrays that train.ipynb learns from.
+
+    python data.py                 256 x 256 pixels a slice
+    python data.py --size 128      smaller and faster
+    python data.py --only test     new scans for a trained model, raw/train may be empty
+
+It reads `NAME_orig.nii.gz` with `NAME_liver.nii.gz` (or LiTS's `volume-N` with `segmentation-N`,
+`.nii` or `.nii.gz`) from raw/train and raw/test and writes, next to itself and for each split:
+
+    imgs_train.npy     (slices, rows, columns) uint8, gray values of the HU window
+    masks_train.npy    (slices, rows, columns) uint8, 1 in the liver and 0 elsewhere
+    slices_train.csv   a line a slice: patient, slice index in the file, liver or not, the files
+
+Slices are axial and upright: the patient's right on the left of the picture, front at the top.
+`restore` is the way back, from slices to the voxel grid of the file they came from.
+"""
+
+import argparse
+import csv
+import gzip
+import os
+import re
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+from PIL import Image
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+SIZE = 256  # pixels a side as in the tutorial; four poolings want a multiple of 16
+WINDOW_HU = (-160.0, 240.0)  # the abdominal soft-tissue window: level 40, width 400
+UPRIGHT = ("L", "P", "S")  # where the columns, rows and slices of a stack count up to
+MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
+AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
+COLUMNS = ("patient", "slice", "liver", "image", "mask")
+NAMES = re.compile(
+    r"((?P<name>.+)_(?P<kind>orig|liver)|(?P<lits>volume|segmentation)-(?P<number>\d+))"
+    r"\.nii(\.gz)?",
+    re.IGNORECASE,
+)
+
+
+class Patient(NamedTuple):
+    """The files of one patient; `mask` is None for a scan that is segmented but not scored."""
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+def shown(path: Path) -> str:
+    """Return a path as the user sees it, from the folder of data.py."""
+    return Path(os.path.relpath(path, ROOT)).as_posix()
+
+
+def find_files(folder: Path) -> dict[str, dict[str, Path]]:
+    """Return {patient in lower case: {"image": path, "mask": path}} by name, never by order.
+
+    Raises ValueError for two files that claim to be the same thing of one patient.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        match = NAMES.fullmatch(path.name)
+        if match:
+            name = match["name"] or f"volume-{match['number']}"
+            image = (match["kind"] or match["lits"]).lower() in ("orig", "volume")
+            files, role = found.setdefault(name.lower(), {}), "image" if image else "mask"
+            if role in files:
+                raise ValueError(
+                    f"{shown(path)} and {files[role].name} are both the {role} of patient {name}: "
+                    "keep one of them"
+                )
+            files[role] = path
+        elif ".nii" in path.name.lower():
+            print(f"{shown(path)} is left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz")
+    return found
+
+
+def find_patients(folder: Path, masks_needed: bool) -> list[Patient]:
+    """Return the patients of a folder in the order of their names.
+
+    Raises FileNotFoundError for an image without mask (if masks are needed), a mask without image.
+    """
+    patients = []
+    for name, files in sorted(find_files(folder).items()):
+        if "image" not in files:
+            raise FileNotFoundError(
+                f"{shown(files['mask'])} has no image: put {name}_orig.nii.gz (or LiTS's "
+                "volume-N.nii) beside it or take it away"
+            )
+        if masks_needed and "mask" not in files:
+            raise FileNotFoundError(
+                f"{shown(files['image'])} has no liver mask: put {name}_liver.nii.gz (or LiTS's "
+                "segmentation-N.nii) beside it, or move it to raw/test to segment it unscored"
+            )
+        match = NAMES.fullmatch(files["image"].name)
+        spelled = match["name"] or f"volume-{match['number']}"
+        patients.append(Patient(spelled, files["image"], files.get("mask")))
+    return patients
+
+
+def find_splits(only: str | None) -> dict[str, list[Patient]]:
+    """Return {"train": patients, "test": patients}, or the one split that is asked for.
+
+    Raises FileNotFoundError where scans are missing, ValueError for a patient in both splits.
+    """
+    splits = {
+        split: find_patients(ROOT / "raw" / split, masks_needed=split == "train")
+        for split in ("train", "test")
+        if only in (None, split)
+    }
+    wanted = only or "train"
+    if not splits[wanted]:
+        raise FileNotFoundError(
+            f"raw/{wanted} holds no volumes named NAME_orig.nii or NAME_orig.nii.gz: put CT scans "
+            "there, or run `python raw/phantom.py` for synthetic ones"
+        )
+    if not splits.get("test", True):
+        print("raw/test holds no scans: nothing will be segmented or scored")
+    train = {patient.name.lower() for patient in splits.get("train", [])}
+    for patient in splits.get("test", []):
+        if patient.name.lower() in train:
+            raise ValueError(
+                f"{shown(patient.image)} is a patient of raw/train too, and a test on training "
+                "patients is no test: take it out of one of the two"
+            )
+    return splits
+
+
+def open_volume(path: Path) -> nib.spatialimages.SpatialImage:
+    """Return a NIfTI image whose header is read and whose voxels are not.
+
+    Raises ValueError unless the file is NIfTI, 3-D (a fourth axis of length one is let through)
+    and has an affine that can be inverted.
+    """
+    try:
+        image = nib.load(path)
+        shape, affine = image.shape, image.affine
+    except Exception as error:  # nibabel has a class of error for each kind of damage
+        raise unreadable(path, error) from error
+    if len(shape) < 3 or max(shape[3:], default=1) > 1 or min(shape) < 1:
+        raise ValueError(
+            f"{shown(path)} has the shape {by(shape)}, wanted one 3-D volume: export it as one"
+        )
+    scaled = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
+    if not abs(np.linalg.det(scaled)) > 1e-3:  # also true of NaN
+        raise ValueError(
+            f"{shown(path)} has an affine that cannot be inverted, {affine[:3, :3].tolist()}, so "
+            "its axes have no direction or length: convert it again from DICOM"
+        )
+    return image
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """Return the error of a file that is no NIfTI, cut short or damaged."""
+    return ValueError(
+        f"{shown(path)} cannot be read as a whole NIfTI file ({type(error).__name__}: {error}): "
+        "copy or convert it again"
+    )
+
+
+def by(shape: tuple) -> str:
+    """Return a shape as a person writes it: 512 x 512 x 129."""
+    return " x ".join(str(n) for n in shape)
+
+
+def read_voxels(path: Path) -> tuple[np.ndarray, float, float]:
+    """Return the voxels as stored, (x, y, z) in the file's type, and slope and intercept to units.
+
+    The file is read to its end, so that gzip's checksum is compared. Raises ValueError for a file
+    that is cut short or damaged, holds no real numbers, or holds NaN or infinite values.
+    """
+    header = open_volume(path)
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rb") as stream:
+            image = type(header).from_stream(stream)
+            raw = image.dataobj.get_unscaled().reshape(header.shape[:3], order="F")
+            while stream.read(2**20):
+                pass
+    except Exception as error:
+        raise unreadable(path, error) from error
+    if raw.dtype.kind not in "iuf":
+        raise ValueError(f"{shown(path)} holds {raw.dtype}, wanted one number a voxel: convert it")
+    if not np.isfinite([raw.min(), raw.max()]).all():
+        raise ValueError(
+            f"{shown(path)} holds NaN or infinite values, wanted a number in every voxel: replace "
+            "them, air is -1000 HU"
+        )
+    return raw, image.dataobj.slope, image.dataobj.inter
+
+
+def read_image(path: Path) -> tuple[np.ndarray, float, float]:
+    """Return what `read_voxels` does, for a CT image. Raises ValueError if it is not in HU."""
+    raw, slope, inter = read_voxels(path)
+    low, high = sorted((raw.min() * slope + inter, raw.max() * slope + inter))
+    if low >= 0 or high < 0:
+        raise ValueError(
+            f"{shown(path)} holds values from {low:g} to {high:g}, wanted Hounsfield units with "
+            "air and fat below 0 and organs above: convert it with the DICOM's rescale slope and "
+            "intercept"
+        )
+    return raw, slope, inter
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Return the liver on the file's own grid, (x, y, z) bool: every label above 0 is liver.
+
+    Raises ValueError if the values are not labels: negative, fractions, or too many of them.
+    """
+    raw, slope, inter = read_voxels(path)
+    labels: set[float] = set()
+    for piece in np.moveaxis(raw, 2, 0):  # (z, x, y): the piece is one x-y plane
+        flat = piece.ravel(order="K")
+        changes = np.flatnonzero(flat[1:] != flat[:-1])  # labels are few runs of equal values
+        labels.update((np.unique(np.append(flat[changes], flat[-1])) * slope + inter).tolist())
+        if len(labels) > MAX_LABELS or min(labels) < 0 or any(v % 1 for v in labels):
+            raise ValueError(
+                f"{shown(path)} is no label mask, it holds values like "
+                f"{', '.join(f'{v:g}' for v in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
+                "background and 1 for liver: export it as a binary label map"
+            )
+    return raw * slope + inter > 0 if (slope, inter) != (1, 0) else raw > 0
+
+
+def check_pair(patient: Patient) -> None:
+    """Raise ValueError if the image and the mask are not on one grid."""
+    image, mask = open_volume(patient.image), open_volume(patient.mask)
+    if image.shape[:3] != mask.shape[:3]:
+        raise ValueError(
+            f"{shown(patient.image)} is {by(image.shape[:3])} but its mask {patient.mask.name} is "
+            f"{by(mask.shape[:3])}: export the mask on the grid of the image"
+        )
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    corners = (corners * (*np.array(image.shape[:3]) - 1, 1)).T  # (x y z 1, corner)
+    apart = np.abs((image.affine - mask.affine) @ corners).max()
+    if not apart <= AFFINE_TOLERANCE * nib.affines.voxel_sizes(image.affine).min():
+        raise ValueError(
+            f"{shown(patient.image)} and its mask {patient.mask.name} have affines that put one "
+            f"voxel {apart:.3g} mm apart: export the mask on the grid of the image"
+        )
+
+
+def orientation(affine: np.ndarray, back: bool = False) -> np.ndarray:
+    """Return nibabel's transform from a file's axes to the closest of (L, P, S), or back."""
+    stored = orientations.io_orientation(affine)
+    wanted = orientations.axcodes2ornt(UPRIGHT)
+    return orientations.ornt_transform(*((wanted, stored) if back else (stored, wanted)))
+
+
+def upright(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Return the volume (x, y, z) as a view (slices, rows, columns): axial slices from the feet
+    up, rows from front to back, columns from the patient's right to left."""
+    lps = orientations.apply_orientation(volume, orientation(affine))  # (L, P, S)
+    return lps.transpose(2, 1, 0)  # (slices, rows, columns)
+
+
+def slice_numbers(image: nib.spatialimages.SpatialImage) -> list[int]:
+    """Return for each slice of the upright stack its index, from 0, in the file."""
+    stored = orientations.io_orientation(image.affine)
+    axis = int(np.flatnonzero(stored[:, 0] == 2)[0])  # the file's axis closest to feet-head
+    numbers = list(range(image.shape[axis]))
+    return numbers if stored[axis, 1] > 0 else numbers[::-1]
+
+
+def frame(image: nib.spatialimages.SpatialImage, size: int) -> tuple[slice, slice]:
+    """Return the rows and columns that a whole slice fills in a picture of size x size pixels.
+
+    Its longer side in mm fills the picture, the shorter one is centred: proportions are kept.
+    """
+    column_axis, row_axis, _ = np.argsort(orientations.io_orientation(image.affine)[:, 0])
+    spacing_mm = nib.affines.voxel_sizes(image.affine)
+    sides_mm = np.array([image.shape[axis] * spacing_mm[axis] for axis in (row_axis, column_axis)])
+    pixels = np.maximum(np.rint(sides_mm / sides_mm.max() * size).astype(int), 1)
+    return tuple(slice((size - n) // 2, (size - n) // 2 + n) for n in pixels)
+
+
+def resize(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return a (rows, columns) picture, uint8 or float32, at another size.
+
+    Linear interpolation; Pillow widens the filter when it shrinks, which is the low-pass.
+    """
+    resampling = Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), resampling))
+
+
+def to_gray(hu: np.ndarray) -> np.ndarray:
+    """Return Hounsfield units as uint8, WINDOW_HU spread over 0..255, clipped at its ends."""
+    low, high = WINDOW_HU
+    return (np.clip((hu - low) * (255 / (high - low)), 0, 255) + 0.5).astype(np.uint8)
+
+
+def to_pictures(stack: np.ndarray, image, size: int, to_uint8) -> np.ndarray:
+    """Return full-size slices as (slices, size, size) uint8, padded with 0 (air, background)."""
+    rows, columns = frame(image, size)
+    pictures = np.zeros((len(stack), size, size), np.uint8)
+    for picture, full in zip(pictures, stack, strict=True):
+        small = np.ascontiguousarray(to_uint8(full))
+        picture[rows, columns] = resize(small, rows.stop - rows.start, columns.stop - columns.start)
+    return pictures
+
+
+def slice_image(path: Path, size: int) -> np.ndarray:
+    """Return a CT volume as gray pictures, (slices, size, size) uint8."""
+    raw, slope, inter = read_image(path)
+    image = open_volume(path)
+    stack = upright(raw, image.affine)
+    return to_pictures(
+        stack, image, size, lambda full: to_gray(full.astype(np.float32) * slope + inter)
+    )
+
+
+def slice_mask(path: Path, size: int) -> np.ndarray:
+    """Return a liver mask as pictures, (slices, size, size) uint8 0 or 1."""
+    image = open_volume(path)
+    stack = upright(read_mask(path), image.affine)
+    pictures = to_pictures(stack, image, size, lambda full: full.astype(np.uint8) * 255)
+    return (pictures >= 128).astype(np.uint8)
+
+
+def restore(stack: np.ndarray, path: Path) -> np.ndarray:
+    """Return predictions for the slices of a file as a mask on the voxel grid of that file.
+
+    Parameters
+    ----------
+    stack : (slices, size, size) bool, uint8 or float, 0..1
+        Masks or probabilities in the order of the arrays that data.py writes.
+    path : Path
+        The NIfTI file that the slices come from; only its header is read.
+
+    Returns
+    -------
+    (x, y, z) uint8, 0 or 1
+        On the axes of the file. Probabilities are interpolated, then cut at 0.5.
+
+    Raises
+    ------
+    ValueError
+        If the number of slices is not the file's.
+    """
+    image = open_volume(Path(path))
+    lps_shape = np.array(image.shape[:3])[np.argsort(orientation(image.affine)[:, 0])]
+    columns, rows, slices = lps_shape
+    if len(stack) != slices:
+        raise ValueError(f"{shown(path)} has {slices} slices but {len(stack)} are to be put back")
+    inside = frame(image, stack.shape[1])
+    full = np.zeros((slices, rows, columns), np.uint8)
+    for whole, picture in zip(full, stack, strict=True):
+        if picture.any():
+            whole[:] = resize(picture[inside].astype(np.float32), rows, columns) >= 0.5
+    lps = full.transpose(2, 1, 0)  # (L, P, S)
+    return orientations.apply_orientation(lps, orientation(image.affine, back=True))
+
+
+def create(path: Path, slices: int, size: int) -> None:
+    """Make an .npy file for (slices, size, size) uint8 that `fill` fills patient by patient."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (slices, size, size)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + slices * size * size)
+
+
+def fill(path: Path, start: int, pictures: np.ndarray) -> None:
+    """Write pictures into an .npy file from slice `start` on, without holding the file in RAM."""
+    with open(path, "r+b") as file:
+        offset = np.load(path, mmap_mode="r").offset
+        file.seek(offset + start * pictures[0].nbytes)
+        file.write(pictures)
+
+
+def slice_patient(patient: Patient, folder: Path, split: str, start: int, size: int) -> list:
+    """Write a patient's pictures into the arrays and return its lines of the slices table.
+
+    Raises ValueError if image and mask do not fit, or if a training mask is empty.
+    """
+    fill(folder / f"imgs_{split}.npy", start, slice_image(patient.image, size))
+    liver = [""] * slice_count(patient.image)  # unknown without a mask
+    if patient.mask:
+        masks = slice_mask(patient.mask, size)
+        liver = masks.any(axis=(1, 2)).astype(int).tolist()
+        if split == "train" and not any(liver):
+            raise ValueError(
+                f"{shown(patient.mask)} holds no liver at all, wanted voxels above 0: replace it, "
+                "or take the patient out of raw/train"
+            )
+        fill(folder / f"masks_{split}.npy", start, masks)
+    names = shown(patient.image), shown(patient.mask) if patient.mask else ""
+    numbers = slice_numbers(open_volume(patient.image))
+    return [(patient.name, n, has, *names) for n, has in zip(numbers, liver, strict=True)]
+
+
+def slice_count(path: Path) -> int:
+    """Return the number of axial slices of a file, from its header."""
+    return len(slice_numbers(open_volume(path)))
+
+
+def slice_split(split: str, patients: list[Patient], folder: Path, size: int, workers: int) -> None:
+    """Write the two arrays and the table of a split into a folder, patients in parallel."""
+    for patient in patients:
+        if patient.mask:
+            check_pair(patient)
+    starts = np.cumsum([0] + [slice_count(patient.image) for patient in patients]).tolist()
+    for name in ("imgs", "masks"):
+        create(folder / f"{name}_{split}.npy", starts[-1], size)
+    pool = ThreadPoolExecutor(workers)  # unzipping and resizing release Python's lock
+    try:
+        jobs = [
+            pool.submit(slice_patient, patient, folder, split, start, size)
+            for patient, start in zip(patients, starts[:-1], strict=True)
+        ]
+        for job in tqdm(as_completed(jobs), f"raw/{split}", len(jobs), unit=" volumes"):
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    with open(folder / f"slices_{split}.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *(line for job in jobs for line in job.result())])
+
+
+def slice_all(splits: dict[str, list[Patient]], size: int, workers: int) -> None:
+    """Write the arrays and tables of all splits, all or nothing.
+
+    They grow in a hidden folder and get their names when all are complete.
+    """
+    folder = ROOT / ".slicing"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        for split, patients in splits.items():
+            slice_split(split, patients, folder, size, workers)
+        for path in sorted(folder.iterdir()):
+            os.replace(path, ROOT / path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_data(split: str) -> tuple:
+    """Return what `load_train_data` and `load_test_data` do, for a split by name."""
+    import pandas  # here, because it takes as long to import as a volume takes to slice
+
+    paths = [ROOT / name.format(split) for name in ("imgs_{}.npy", "masks_{}.npy", "slices_{}.csv")]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{shown(path)} is missing: run `python data.py` first")
+    imgs, masks = (np.load(path, mmap_mode="r") for path in paths[:2])
+    slices = pandas.read_csv(paths[2], dtype={"patient": str}, keep_default_na=False)
+    if not len(imgs) == len(masks) == len(slices):
+        raise ValueError(
+            f"{shown(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
+            f"{len(masks)} and {len(slices)} slices: run `python data.py` again"
+        )
+    return imgs, masks, slices
+
+
+def load_train_data() -> tuple:
+    """Return the training slices: imgs, masks and the table of slices.
+
+    Returns
+    -------
+    imgs : (slices, rows, columns) uint8, 0..255 for WINDOW_HU, memory-mapped
+    masks : (slices, rows, columns) uint8, 0 or 1, memory-mapped
+    slices : pandas.DataFrame, a row a slice
+        patient, slice (index in the file), liver (1, 0, or "" if the patient has no mask), image
+        and mask (paths from the folder of data.py, mask "" if there is none).
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If data.py was not run, or its files do not belong together.
+    """
+    return load_data("train")
+
+
+def load_test_data() -> tuple:
+    """Return the test slices like `load_train_data`; masks of a patient without mask are 0."""
+    return load_data("test")
+
+
+def multiple_of_16(text: str) -> int:
+    """Return --size as a number. Raises argparse.ArgumentTypeError."""
+    if not text.isdigit() or int(text) % 16 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 16, which four poolings need")
+    return int(text)
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--size", type=multiple_of_16, default=SIZE, help="pixels a side (%(default)s)"
+    )
+    parser.add_argument("--only", choices=("train", "test"), help="slice this split alone")
+    parser.add_argument(
+        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="volumes at a time"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Slice raw/ as the command line asks; errors leave in one sentence."""
+    options = parse_options(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
+    try:
+        splits = find_splits(options.only)
+        slice_all(splits, options.size, options.workers)
+        summarise(splits)
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted, the arrays of the last complete run are as they were")
+
+
+def summarise(splits: dict[str, list[Patient]]) -> None:
+    """Print what was written."""
+    for split, patients in splits.items():
+        imgs, _, slices = load_data(split)
+        with_liver = (slices.liver.astype(str) == "1").sum()
+        print(
+            f"{split}: {len(patients)} patients, {len(imgs)} slices of {by(imgs.shape[1:])}, "
+            f"{with_liver} with liver"
+        )
+
+
+if __name__ == "__main__":
+    main()
