@@ -47,6 +47,14 @@ NAMES = re.compile(
 )
 
 
+class Slices(NamedTuple):
+    """The slices of a split, as `load_train_data` and `load_test_data` return them."""
+
+    imgs: np.ndarray
+    masks: np.ndarray
+    slices: object  # pandas.DataFrame, a row a slice
+
+
 class Patient(NamedTuple):
     """The files of one patient; `mask` is None for a scan that is segmented but not scored."""
 
@@ -440,7 +448,7 @@ def slice_all(splits: dict[str, list[Patient]], size: int, workers: int) -> None
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_data(split: str) -> tuple:
+def load_data(split: str) -> Slices:
     """Return what `load_train_data` and `load_test_data` do, for a split by name."""
     import pandas  # here, because it takes as long to import as a volume takes to slice
 
@@ -455,10 +463,10 @@ def load_data(split: str) -> tuple:
             f"{shown(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
             f"{len(masks)} and {len(slices)} slices: run `python data.py` again"
         )
-    return imgs, masks, slices
+    return Slices(imgs, masks, slices)
 
 
-def load_train_data() -> tuple:
+def load_train_data() -> Slices:
     """Return the training slices: imgs, masks and the table of slices.
 
     Returns
@@ -477,7 +485,7 @@ def load_train_data() -> tuple:
     return load_data("train")
 
 
-def load_test_data() -> tuple:
+def load_test_data() -> Slices:
     """Return the test slices like `load_train_data`; masks of a patient without mask are 0."""
     return load_data("test")
 
