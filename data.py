@@ -168,9 +168,9 @@ def open_volume(path: Path) -> nib.spatialimages.SpatialImage:
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     """Return the error of a file that is no NIfTI, cut short or damaged."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
     return ValueError(
-        f"{shown(path)} cannot be read as a whole NIfTI file ({type(error).__name__}: {error}): "
-        "copy or convert it again"
+        f"{shown(path)} cannot be read as a whole NIfTI file ({reason}): copy or convert it again"
     )
 
 

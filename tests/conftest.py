@@ -1,0 +1,75 @@
+"""What the tests share: a folder for data.py, hand-made scans, the notebook's functions."""
+
+import ast
+import json
+import sys
+import types
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED_SCANS = REPO.parent / "shared" / "scans"
+sys.path.insert(0, str(REPO))
+
+import data  # noqa: E402  the repo's root has to be on the path first
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Return an empty folder with raw/train and raw/test that data.py takes for its own."""
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / "raw" / split).mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def notebook():
+    """Return a module with the notebook's imports, functions and classes, and nothing else.
+
+    A function that leans on a variable of another cell fails with NameError.
+    """
+    module = types.ModuleType("notebook")
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    for cell in json.loads((REPO / "train.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            tree = ast.parse("".join(cell["source"]))
+            tree.body = [node for node in tree.body if isinstance(node, kept)]
+            exec(compile(tree, "train.ipynb", "exec"), module.__dict__)
+    return module
+
+
+def body_and_liver(shape=(32, 32, 6)):
+    """Return a hand-made CT and its liver on the axes (L, P, S): (x, y, z) int16 HU and uint8.
+
+    The liver is a block to the patient's right and to the front, in slices 2 to 4; a small block
+    of bone to the left and back makes every mirroring visible.
+    """
+    image = np.full(shape, -1000, np.int16)
+    image[2:-2, 4:-4] = 40
+    image[4:14, 6:16, 2:5] = 100
+    image[20:24, 22:26, 1:] = 700
+    return image, (image == 100).astype(np.uint8)
+
+
+def save(path, volume, affine=None, axes="LPS", dtype=None):
+    """Write a volume given on the axes (L, P, S) as a NIfTI file that stores it on other axes."""
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0]) if affine is None else affine
+    stored = nib.Nifti1Image(np.asarray(volume, dtype), affine)
+    if axes != "LPS":
+        here, there = (nib.orientations.axcodes2ornt(codes) for codes in ("LPS", axes))
+        stored = stored.as_reoriented(nib.orientations.ornt_transform(here, there))
+    nib.save(stored, path)
+    return path
+
+
+def save_patient(folder, name="p1", shape=(32, 32, 6), mask=True, **options):
+    """Write the hand-made patient as NAME_orig.nii.gz and NAME_liver.nii.gz."""
+    image, liver = body_and_liver(shape)
+    save(folder / f"{name}_orig.nii.gz", image, **options)
+    if mask:
+        save(folder / f"{name}_liver.nii.gz", liver, **options)

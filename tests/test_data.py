@@ -1,0 +1,456 @@
+"""data.py on volumes small enough to work out by hand."""
+
+import gzip
+import itertools
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPO, body_and_liver, save, save_patient
+
+import data
+
+ALL_AXES = [
+    "".join(codes)
+    for order in itertools.permutations(("LR", "PA", "SI"))
+    for codes in itertools.product(*order)
+]
+OBLIQUE = np.array(  # LPS axes of 1 x 1 x 2 mm, tilted by 20 degrees about the patient's x axis
+    [
+        [-1, 0, 0, 30],
+        [0, -np.cos(np.pi / 9), -2 * np.sin(np.pi / 9), 10],
+        [0, -np.sin(np.pi / 9), 2 * np.cos(np.pi / 9), -50],
+        [0, 0, 0, 1],
+    ]
+)
+
+
+def gray_of(hu):
+    """Return the gray value that the window -160..240 HU gives: (hu + 160) / 400 * 255, rounded."""
+    return {-1000: 0, 40: 128, 100: 166, 700: 255}[hu]
+
+
+def upright_pictures():
+    """Return what the hand-made patient looks like on 32 x 32 pixels: imgs and masks, by hand."""
+    imgs = np.full((6, 32, 32), gray_of(-1000), np.uint8)
+    masks = np.zeros((6, 32, 32), np.uint8)
+    imgs[:, 4:28, 2:30] = gray_of(40)
+    imgs[2:5, 6:16, 4:14] = gray_of(100)
+    imgs[1:, 22:26, 20:24] = gray_of(700)
+    masks[2:5, 6:16, 4:14] = 1
+    return imgs, masks
+
+
+def dice(a, b):
+    return 2 * np.logical_and(a, b).sum() / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_every_storage_order_gives_the_same_upright_slices(root, axes):
+    save_patient(root / "raw/train", axes=axes)
+    data.main(["--size", "32"])
+    imgs, masks, _ = data.load_train_data()
+    expected_imgs, expected_masks = upright_pictures()
+    np.testing.assert_array_equal(imgs, expected_imgs)
+    np.testing.assert_array_equal(masks, expected_masks)
+
+
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_slices_go_back_onto_the_very_voxels_they_came_from(root, axes):
+    path = save(root / "raw/train/p1_liver.nii.gz", body_and_liver()[1], OBLIQUE, axes)
+    restored = data.restore(upright_pictures()[1], path)
+    np.testing.assert_array_equal(restored, np.asarray(nib.load(path).dataobj))
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SRP"])
+def test_an_oblique_volume_is_sliced_along_its_closest_axes(root, axes):
+    save_patient(root / "raw/train", affine=OBLIQUE, axes=axes)
+    data.main(["--size", "32"])
+    np.testing.assert_array_equal(data.load_train_data().masks, upright_pictures()[1])
+
+
+def test_the_table_names_patient_slice_liver_and_files(root):
+    save_patient(root / "raw/train", "p1")
+    save_patient(root / "raw/train", "p2", axes="LPI")
+    data.main(["--size", "32"])
+    slices = data.load_train_data().slices
+    assert list(slices.columns) == ["patient", "slice", "liver", "image", "mask"]
+    assert slices.patient.tolist() == ["p1"] * 6 + ["p2"] * 6
+    assert slices.slice.tolist() == [0, 1, 2, 3, 4, 5] + [5, 4, 3, 2, 1, 0]
+    assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] * 2
+    assert slices.image.unique().tolist() == [f"raw/train/p{n}_orig.nii.gz" for n in (1, 2)]
+    assert slices["mask"].unique().tolist() == [f"raw/train/p{n}_liver.nii.gz" for n in (1, 2)]
+
+
+def test_hounsfield_units_are_windowed_and_never_wrap():
+    hu = np.array([-32768, -1000, -160, -100, 40, 240, 256, 3000, 32767], np.float32)
+    assert data.to_gray(hu).tolist() == [0, 0, 0, 38, 128, 255, 255, 255, 255]
+
+
+def test_rescale_slope_and_intercept_of_the_header_are_applied(root):
+    image, liver = body_and_liver()
+    stored = nib.Nifti1Image(((image.astype(np.int32) + 1024) // 2).astype(np.uint16), np.eye(4))
+    stored.header.set_slope_inter(2, -1024)
+    nib.save(stored, root / "raw/train/p1_orig.nii.gz")
+    save(root / "raw/train/p1_liver.nii.gz", liver, np.eye(4))
+    data.main(["--size", "32"])
+    assert set(np.unique(data.load_train_data().imgs)) == {0, 128, 166, 255}
+
+
+def test_shrinking_averages_and_does_not_skip_pixels(root):
+    image, liver = body_and_liver((64, 64, 6))
+    image[::2], image[1::2] = 0, 80  # HU in stripes of one pixel; their mean is 40 HU, gray 128
+    image[0, 0] = -1000
+    save(root / "raw/train/p1_orig.nii.gz", image)
+    save(root / "raw/train/p1_liver.nii.gz", liver)
+    data.main(["--size", "32"])
+    imgs = data.load_train_data().imgs
+    assert (np.abs(imgs[:, 4:-4, 4:-4].astype(int) - 128) <= 1).all()
+
+
+def test_masks_stay_binary_when_shrunk_and_keep_their_size(root):
+    save_patient(root / "raw/train", shape=(64, 64, 6))
+    data.main(["--size", "32"])
+    masks = data.load_train_data().masks
+    assert set(np.unique(masks)) == {0, 1}
+    assert masks.sum() == 3 * 5 * 5  # 10 x 10 voxels in three slices, at half the size
+
+
+@pytest.mark.parametrize("labels", [(1,), (255,), (1, 2)])
+def test_every_label_above_zero_is_liver(root, labels):
+    image, liver = body_and_liver()
+    values = liver * labels[0]
+    values[6, 8, 3] = labels[-1]
+    save(root / "raw/train/p1_orig.nii.gz", image)
+    save(root / "raw/train/p1_liver.nii.gz", values)
+    data.main(["--size", "32"])
+    np.testing.assert_array_equal(data.load_train_data().masks, upright_pictures()[1])
+
+
+def test_a_slice_that_is_not_square_is_centred_between_padding(root):
+    save_patient(root / "raw/train", shape=(32, 24, 6))  # 32 columns, 24 rows
+    data.main(["--size", "32"])
+    imgs, masks, _ = data.load_train_data()
+    assert not imgs[:, :4].any() and not imgs[:, 28:].any()
+    np.testing.assert_array_equal(np.argwhere(masks[3])[[0, -1]], [[4 + 6, 4], [4 + 15, 13]])
+
+
+def test_pixels_that_are_not_square_keep_their_proportions_in_mm(root):
+    image, liver = body_and_liver((32, 16, 6))
+    flat = np.diag([-1.0, -2.0, 2.0, 1.0])  # rows of 2 mm: 32 x 32 mm in all
+    save(root / "raw/train/p1_orig.nii.gz", image, flat)
+    save(root / "raw/train/p1_liver.nii.gz", liver, flat)
+    data.main(["--size", "32"])
+    rows, columns = np.nonzero(data.load_train_data().masks[3])
+    assert (rows.min(), rows.max()) == (12, 31)  # rows 6 to 15 of 2 mm
+    assert (columns.min(), columns.max()) == (4, 13)
+
+
+@pytest.mark.parametrize("shape", [(100, 100, 9), (90, 64, 9), (40, 52, 9)])
+@pytest.mark.parametrize("axes", ["LAS", "PSR"])
+def test_a_resampled_mask_comes_back_nearly_whole(root, shape, axes):
+    grid = np.indices(shape).T - (np.array(shape) - 1) / 2
+    ball = ((grid / (np.array(shape) * 0.4)) ** 2).sum(axis=-1).T < 1
+    path = save(root / "raw/train/p1_liver.nii.gz", ball.astype(np.uint8), axes=axes)
+    restored = data.restore(data.slice_mask(path, 64), path)
+    assert restored.dtype == np.uint8
+    assert dice(restored, data.read_mask(path)) > 0.98
+
+
+def test_probabilities_are_cut_at_one_half_on_the_way_back(root):
+    path = save(root / "raw/train/p1_liver.nii.gz", body_and_liver()[1])
+    masks = upright_pictures()[1]
+    np.testing.assert_array_equal(
+        data.restore(masks * np.float16(0.9), path), data.restore(masks, path)
+    )
+    assert not data.restore(masks * np.float32(0.4), path).any()
+
+
+def test_a_stack_of_another_scan_is_not_put_back(root):
+    path = save(root / "raw/train/p1_liver.nii.gz", body_and_liver()[1])
+    with pytest.raises(ValueError, match="p1_liver.nii.gz has 6 slices but 5"):
+        data.restore(np.zeros((5, 32, 32)), path)
+
+
+def test_pairs_are_made_by_name_whatever_case_and_order(root):
+    image, liver = body_and_liver()
+    other = np.roll(liver, 8, axis=0)
+    save(root / "raw/train/B_ORIG.nii", image)
+    save(root / "raw/train/b_Liver.nii.gz", liver)
+    save(root / "raw/train/a_orig.nii.gz", image)
+    save(root / "raw/train/A_LIVER.NII.GZ", other)
+    data.main(["--size", "32"])
+    _, masks, slices = data.load_train_data()
+    assert slices.patient.tolist() == ["a"] * 6 + ["B"] * 6
+    np.testing.assert_array_equal(masks[6:], upright_pictures()[1])
+    np.testing.assert_array_equal(masks[:6], np.roll(upright_pictures()[1], 8, axis=2))
+
+
+def test_lits_names_are_paired_too(root):
+    image, liver = body_and_liver()
+    save(root / "raw/train/volume-10.nii", image)
+    save(root / "raw/train/segmentation-10.nii", liver)
+    data.main(["--size", "32"])
+    assert set(data.load_train_data().slices.patient) == {"volume-10"}
+
+
+def test_a_test_scan_without_mask_is_sliced_and_unknown(root):
+    save_patient(root / "raw/train")
+    save_patient(root / "raw/test", "new", mask=False)
+    data.main(["--size", "32"])
+    imgs, masks, slices = data.load_test_data()
+    np.testing.assert_array_equal(imgs, upright_pictures()[0])
+    assert not masks.any()
+    assert set(slices.liver) == {""} and set(slices["mask"]) == {""}
+
+
+def test_only_test_needs_no_training_scans(root):
+    save_patient(root / "raw/test", "new", mask=False)
+    data.main(["--size", "32", "--only", "test"])
+    assert len(data.load_test_data().imgs) == 6
+    assert not (root / "imgs_train.npy").exists()
+
+
+def test_no_test_scans_is_said_and_gives_empty_arrays(root, capsys):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    assert data.load_test_data().imgs.shape == (0, 32, 32)
+    assert "raw/test holds no scans" in capsys.readouterr().out
+
+
+def test_a_fourth_axis_of_one_frame_is_accepted(root):
+    image, liver = body_and_liver()
+    save(root / "raw/train/p1_orig.nii.gz", image[..., None])
+    save(root / "raw/train/p1_liver.nii.gz", liver)
+    data.main(["--size", "32"])
+    np.testing.assert_array_equal(data.load_train_data().imgs, upright_pictures()[0])
+
+
+def test_clipped_ct_is_accepted(root):
+    image, liver = body_and_liver()
+    save(root / "raw/train/p1_orig.nii.gz", np.clip(image, -160, 240))
+    save(root / "raw/train/p1_liver.nii.gz", liver)
+    data.main(["--size", "32"])
+    np.testing.assert_array_equal(data.load_train_data().imgs, upright_pictures()[0])
+
+
+def test_rounding_in_the_affines_is_let_through(root):
+    image, liver = body_and_liver()
+    save(root / "raw/train/p1_orig.nii.gz", image)
+    save(root / "raw/train/p1_liver.nii.gz", liver, np.diag([-1.0001, -1, 2, 1]))
+    data.main(["--size", "32"])
+
+
+def test_arrays_are_read_from_disk_and_not_into_memory(root):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    imgs, masks, _ = data.load_train_data()
+    assert isinstance(imgs, np.memmap) and isinstance(masks, np.memmap)
+
+
+def test_a_nifti_of_another_name_is_left_out_aloud(root, capsys):
+    save_patient(root / "raw/train")
+    save(root / "raw/train/p1_bone.nii.gz", body_and_liver()[1])
+    data.main(["--size", "32"])
+    assert "raw/train/p1_bone.nii.gz is left out" in capsys.readouterr().out
+
+
+def orig(root):
+    return root / "raw/train/p1_orig.nii.gz"
+
+
+def liver_of(root):
+    return root / "raw/train/p1_liver.nii.gz"
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def flip_a_byte(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+
+
+def image_with(value, dtype=np.float32):
+    image = body_and_liver()[0].astype(dtype)
+    image[5, 5, 5] = value
+    return image
+
+
+def broken_affine(root):
+    """Write a header whose rows of the affine are zero in one column."""
+    path = root / "raw/train/p1_orig.nii"
+    orig(root).unlink()
+    image = nib.Nifti1Image(body_and_liver()[0], np.eye(4))
+    image.header.set_sform(np.diag([1.0, 1.0, 0.0, 1.0]), code=1)
+    image.header["qform_code"] = 0
+    with open(path, "wb") as file:
+        file.write(image.header.binaryblock + bytes(4) + image.get_fdata().astype("<i2").tobytes())
+
+
+def uncompressed_and_cut(root):
+    orig(root).unlink()
+    cut(save(root / "raw/train/p1_orig.nii", body_and_liver()[0]), 2000)
+
+
+BROKEN = {
+    "no scans": (
+        lambda r: [orig(r).unlink(), liver_of(r).unlink()],
+        ["raw/train holds no volumes", "python raw/phantom.py"],
+    ),
+    "no folder": (
+        lambda r: (r / "raw/train").rename(r / "raw/other"),
+        ["raw/train holds no volumes"],
+    ),
+    "image without mask": (lambda r: liver_of(r).unlink(), ["p1_orig.nii.gz has no liver mask"]),
+    "mask without image": (lambda r: orig(r).unlink(), ["p1_liver.nii.gz has no image"]),
+    "test mask without image": (
+        lambda r: save(r / "raw/test/t_liver.nii.gz", body_and_liver()[1]),
+        ["raw/test/t_liver.nii.gz has no image"],
+    ),
+    "two images of a patient": (
+        lambda r: save(r / "raw/train/P1_orig.nii", body_and_liver()[0]),
+        ["P1_orig.nii", "p1_orig.nii.gz", "both the image"],
+    ),
+    "two masks of a patient": (
+        lambda r: save(r / "raw/train/p1_liver.nii", body_and_liver()[1]),
+        ["p1_liver.nii.gz and p1_liver.nii are both the mask"],
+    ),
+    "a patient in both splits": (
+        lambda r: save_patient(r / "raw/test", "P1"),
+        ["raw/test/P1_orig.nii.gz is a patient of raw/train too"],
+    ),
+    "other shape": (
+        lambda r: save(liver_of(r), body_and_liver((32, 32, 5))[1]),
+        ["p1_orig.nii.gz is 32 x 32 x 6 but its mask p1_liver.nii.gz is 32 x 32 x 5"],
+    ),
+    "other affine": (
+        lambda r: save(liver_of(r), body_and_liver()[1], np.diag([-1, -1, 2.5, 1])),
+        ["p1_orig.nii.gz and its mask p1_liver.nii.gz have affines", "2.5 mm apart"],
+    ),
+    "mirrored affine": (
+        lambda r: save(liver_of(r), body_and_liver()[1], np.diag([1, -1, 2, 1])),
+        ["have affines"],
+    ),
+    "no NIfTI": (
+        lambda r: orig(r).write_bytes(gzip.compress(b"<html>404 Not Found</html>" * 99)),
+        ["p1_orig.nii.gz cannot be read as a whole NIfTI file"],
+    ),
+    "not gzip": (
+        lambda r: orig(r).write_bytes(b"<html>404 Not Found</html>" * 99),
+        ["p1_orig.nii.gz cannot be read as a whole NIfTI file"],
+    ),
+    "empty file": (lambda r: orig(r).write_bytes(b""), ["p1_orig.nii.gz cannot be read"]),
+    "truncated": (lambda r: cut(orig(r), -40), ["p1_orig.nii.gz cannot be read"]),
+    "truncated without gzip": (uncompressed_and_cut, ["p1_orig.nii cannot be read"]),
+    "truncated mask": (lambda r: cut(liver_of(r), -40), ["p1_liver.nii.gz cannot be read"]),
+    "broken gzip stream": (lambda r: flip_a_byte(orig(r), -60), ["p1_orig.nii.gz cannot be read"]),
+    "wrong checksum": (lambda r: flip_a_byte(orig(r), -6), ["p1_orig.nii.gz cannot be read"]),
+    "2-D": (lambda r: save(orig(r), body_and_liver()[0][..., 0]), ["has the shape 32 x 32,"]),
+    "4-D": (
+        lambda r: save(orig(r), np.stack([body_and_liver()[0]] * 2, axis=-1)),
+        ["has the shape 32 x 32 x 6 x 2,", "one 3-D volume"],
+    ),
+    "NaN": (lambda r: save(orig(r), image_with(np.nan)), ["p1_orig.nii.gz holds NaN or infinite"]),
+    "infinite": (lambda r: save(orig(r), image_with(np.inf)), ["holds NaN or infinite"]),
+    "NaN in the mask": (
+        lambda r: save(liver_of(r), np.where(body_and_liver()[1], 1.0, np.nan)),
+        ["p1_liver.nii.gz holds NaN or infinite"],
+    ),
+    "empty mask": (
+        lambda r: save(liver_of(r), body_and_liver()[1] * 0),
+        ["p1_liver.nii.gz holds no liver at all"],
+    ),
+    "CT as mask": (
+        lambda r: save(liver_of(r), np.arange(32 * 32 * 6, dtype=np.int16).reshape(32, 32, 6)),
+        ["p1_liver.nii.gz is no label mask"],
+    ),
+    "fractions as mask": (
+        lambda r: save(liver_of(r), body_and_liver()[1] * np.float32(0.5)),
+        ["p1_liver.nii.gz is no label mask", "0.5"],
+    ),
+    "gray values for HU": (
+        lambda r: save(orig(r), body_and_liver()[0].clip(0, 255)),
+        ["p1_orig.nii.gz holds values from 0 to 255, wanted Hounsfield units"],
+    ),
+    "all below zero": (
+        lambda r: save(orig(r), body_and_liver()[0] - 2000),
+        ["holds values from -3000 to -1300, wanted Hounsfield units"],
+    ),
+    "affine": (broken_affine, ["p1_orig.nii has an affine that cannot be inverted"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_input_is_one_clear_sentence_and_leaves_the_last_arrays_alone(root, case):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    before = {path.name: path.read_bytes() for path in root.glob("*.*") if path.is_file()}
+    spoil, wanted = BROKEN[case]
+    spoil(root)
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--size", "32"])
+    sentence = stop.value.code
+    assert sentence.startswith("data.py: raw/") and "\n" not in sentence
+    for words in wanted:
+        assert words in sentence
+    after = {path.name: path.read_bytes() for path in root.glob("*.*") if path.is_file()}
+    assert after == before
+    assert not (root / ".slicing").exists()
+
+
+def test_an_interrupted_run_leaves_the_last_arrays_alone(root, monkeypatch):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    before = (root / "imgs_train.npy").read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "slice_mask", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        data.main(["--size", "16"])
+    assert (root / "imgs_train.npy").read_bytes() == before
+    assert not (root / ".slicing").exists()
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(root):
+    save_patient(root / "raw/train")
+    (root / ".slicing").mkdir()
+    (root / ".slicing" / "imgs_train.npy").write_bytes(b"half")
+    data.main(["--size", "32"])
+    np.testing.assert_array_equal(data.load_train_data().imgs, upright_pictures()[0])
+
+
+def test_the_command_line_fails_with_one_sentence_and_no_traceback(tmp_path):
+    (tmp_path / "data.py").write_bytes((REPO / "data.py").read_bytes())
+    run = subprocess.run(
+        [sys.executable, "data.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("data.py: raw/train holds no volumes")
+    assert run.stderr.count("\n") == 1 and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("size", ["100", "0", "-16", "large"])
+def test_a_size_that_four_poolings_cannot_halve_is_refused(root, size, capsys):
+    with pytest.raises(SystemExit):
+        data.main([f"--size={size}"])
+    assert "no multiple of 16" in capsys.readouterr().err
+
+
+def test_loading_before_slicing_says_what_to_run(root):
+    with pytest.raises(FileNotFoundError, match=r"imgs_train.npy is missing: run `python data.py`"):
+        data.load_train_data()
+
+
+def test_arrays_that_do_not_belong_together_are_refused(root):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    np.save(root / "masks_train.npy", np.zeros((5, 32, 32), np.uint8))
+    with pytest.raises(ValueError, match="hold 6, 5 and 6 slices"):
+        data.load_train_data()

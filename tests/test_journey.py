@@ -1,0 +1,135 @@
+"""What a newcomer does, from an empty raw/ to pictures in preds/, in a folder of its own."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import keras
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REPO
+from nbclient import NotebookClient
+from skimage.io import imread
+
+
+def run(folder, *command):
+    """Run a script of the repo in a folder and return what it printed."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def execute(folder, **parameters):
+    """Execute the notebook in a folder with other parameters, as papermill does; return it.
+
+    Raises ValueError for a parameter that the notebook does not have.
+    """
+    notebook = nbformat.read(folder / "train.ipynb", as_version=4)
+    at = next(n for n, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+    known = {s.targets[0].id for s in ast.parse(notebook.cells[at].source).body}
+    if unknown := set(parameters) - known:
+        raise ValueError(f"the notebook has no parameters {unknown}")
+    lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    return client.execute()
+
+
+def printed(notebook):
+    """Return all that the cells of an executed notebook printed."""
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "".join(out.get("text", "") for out in outputs if out.get("name") == "stdout")
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory):
+    """Return the folder after the whole way, and the executed notebook."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "raw").mkdir()
+    for name in ("data.py", "train.ipynb", "raw/phantom.py"):
+        shutil.copy(REPO / name, folder / name)
+    run(folder, "raw/phantom.py", "--train", "3", "--test", "2", "--matrix", "64")
+    run(folder, "data.py", "--size", "64")
+    return folder, execute(folder, EPOCHS=3, FILTERS=4)
+
+
+def test_the_notebook_itself_is_left_as_it_was(journey):
+    folder, _ = journey
+    assert (folder / "train.ipynb").read_bytes() == (REPO / "train.ipynb").read_bytes()
+
+
+def test_training_prints_one_line_an_epoch(journey):
+    lines = [line for line in printed(journey[1]).splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert all("val_dice" in line for line in lines)
+
+
+def test_each_test_slice_has_an_upright_picture_of_its_own(journey):
+    folder, _ = journey
+    slices = pd.read_csv(folder / "slices_test.csv")
+    for patient, rows in slices.groupby("patient"):
+        pictures = sorted(path.name for path in (folder / "preds" / patient).iterdir())
+        assert pictures == [f"slice_{n:04d}.png" for n in sorted(rows.slice)]
+        picture = imread(folder / "preds" / patient / pictures[len(pictures) // 2])
+        assert picture.shape == (512, 512, 3) and picture.any()
+        assert imread(folder / "preds" / f"{patient}.png").any()
+
+
+def test_the_table_scores_each_patient_and_gives_mean_and_worst(journey):
+    table = pd.read_csv(journey[0] / "preds" / "dice.csv").set_index("patient").dice
+    patients = table.drop(["mean", "worst"])
+    assert list(patients.index) == ["phantom_04", "phantom_05"]
+    assert patients.between(0, 1).all()
+    assert table["mean"] == pytest.approx(patients.mean(), abs=1e-4)
+    assert table["worst"] == patients.min()
+
+
+def test_dice_per_epoch_is_plotted_and_kept(journey):
+    folder, _ = journey
+    history = pd.read_csv(folder / "preds" / "history.csv")
+    assert history.epoch.tolist() == [1, 2, 3] and {"dice", "val_dice"} <= set(history)
+    assert imread(folder / "preds" / "dice_per_epoch.png").any()
+
+
+def test_the_kept_model_is_the_best_on_validation(journey):
+    lines = [line for line in printed(journey[1]).splitlines() if line.startswith("epoch ")]
+    history = pd.read_csv(journey[0] / "preds" / "history.csv")
+    best_so_far = history.val_dice.cummax() == history.val_dice
+    assert [line.endswith("kept") for line in lines] == best_so_far.tolist()
+    keras.models.load_model(journey[0] / "preds" / "unet.keras")
+
+
+def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
+    trained, _ = journey
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("preds"))
+    shutil.copy(trained / "preds" / "unet.keras", tmp_path / "mine.keras")
+    shutil.rmtree(tmp_path / "raw" / "train")
+    (tmp_path / "raw" / "test" / "phantom_04_liver.nii.gz").unlink()
+    for name in ("imgs_train.npy", "masks_train.npy", "slices_train.csv"):
+        os.remove(tmp_path / name)
+    run(tmp_path, "data.py", "--only", "test", "--size", "64")
+    notebook = execute(tmp_path, WEIGHTS="mine.keras")
+    assert "epoch 1/" not in printed(notebook)
+    table = pd.read_csv(tmp_path / "preds" / "dice.csv").set_index("patient").dice
+    before = pd.read_csv(trained / "preds" / "dice.csv").set_index("patient").dice
+    assert np.isnan(table["phantom_04"])
+    assert table["phantom_05"] == pytest.approx(before["phantom_05"], abs=1e-3)
+    assert len(list((tmp_path / "preds" / "phantom_04").iterdir())) > 10
+    assert not (tmp_path / "preds" / "unet.keras").exists()
+
+
+def test_an_unknown_parameter_is_refused(journey):
+    with pytest.raises(ValueError, match="EPOCH'"):
+        execute(journey[0], EPOCH=3)
+
+
+def test_the_readme_names_files_that_exist():
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    for name in ("requirements.txt", "raw/phantom.py", "data.py", "train.ipynb", "LICENSE"):
+        assert name in readme and (REPO / name).exists()
+    assert json.loads((REPO / "train.ipynb").read_text(encoding="utf-8"))["nbformat"] == 4

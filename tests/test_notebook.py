@@ -1,0 +1,293 @@
+"""The form of train.ipynb and its functions, taken from the notebook without copying them."""
+
+import ast
+import json
+import subprocess
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REPO, body_and_liver, save
+from skimage.io import imread
+
+import data
+
+YELLOW, CYAN = (255, 255, 0), (0, 255, 255)
+
+
+def cells(text=None):
+    return json.loads(text or (REPO / "train.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def code(cell):
+    return "".join(cell["source"])
+
+
+def test_what_is_committed_has_no_outputs_and_no_execution_counts():
+    shown = subprocess.run(["git", "show", ":train.ipynb"], cwd=REPO, capture_output=True)
+    if shown.returncode:
+        pytest.skip("needs the git repository, whose copy of the notebook has to be clean")
+    for cell in cells(shown.stdout.decode()):
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+def test_there_is_one_parameters_cell_and_it_holds_literals_in_capitals():
+    tagged = [c for c in cells() if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    for statement in ast.parse(code(tagged[0])).body:
+        assert isinstance(statement, ast.Assign) and statement.targets[0].id.isupper()
+        ast.literal_eval(statement.value)
+
+
+def test_the_defaults_are_the_tutorials():
+    tagged = next(c for c in cells() if "parameters" in c["metadata"].get("tags", []))
+    values = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(code(tagged)).body}
+    assert values["EPOCHS"] == 20
+    assert values["BATCH_SIZE"] == 10
+    assert values["LEARNING_RATE"] == 1e-3
+    assert values["FILTERS"] == 32
+    assert values["VALIDATION_SHARE"] == 0.2
+
+
+def test_all_imports_stand_in_the_first_code_cell_and_there_are_no_magics():
+    first, *others = [code(c) for c in cells() if c["cell_type"] == "code"]
+    assert "import keras" in first
+    for text in others:
+        tree = ast.parse(text)  # a magic would be no Python
+        assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
+
+
+def test_no_backend_is_called_but_keras():
+    for cell in cells():
+        if cell["cell_type"] == "code":
+            assert not {"tf", "tensorflow", "torch", "jax"} & {
+                node.id for node in ast.walk(ast.parse(code(cell))) if isinstance(node, ast.Name)
+            }
+
+
+def test_the_unet_has_the_tutorials_parameters(notebook):
+    network = notebook.unet(256, 32, 0.0, 1.0)
+    assert network.count_params() == 7_759_521
+    assert network.output_shape == (None, 256, 256, 1)
+
+
+def test_normalisation_is_inside_the_network(notebook):
+    network = notebook.unet(16, 1, mean=50.0, deviation=20.0)
+    slices = np.array([10, 50, 90], np.uint8).reshape(3, 1, 1, 1) * np.ones((1, 16, 16, 1), "uint8")
+    normalised = keras.Model(network.inputs, network.layers[1].output)
+    assert np.allclose(np.asarray(normalised(slices))[:, 0, 0, 0], [-2, 0, 2], atol=1e-5)
+
+
+def dice_of(notebook, *batches):
+    metric = notebook.Dice()
+    for reference, predicted in batches:
+        metric.update_state(np.array(reference, "float32"), np.array(predicted, "float32"))
+    return float(metric.result())
+
+
+def test_dice_is_known_on_masks_worked_out_by_hand(notebook):
+    assert dice_of(notebook, ([1, 1, 0, 0], [1, 1, 0, 0])) == 1
+    assert dice_of(notebook, ([1, 1, 0, 0], [0, 0, 1, 1])) == 0
+    assert dice_of(notebook, ([1, 1, 1, 0], [0.9, 0.2, 0.5, 0.5])) == pytest.approx(2 * 2 / 6)
+    assert dice_of(notebook, ([0, 0], [0.1, 0.4])) == 1
+    assert dice_of(notebook, ([0, 0], [0.1, 0.6])) == 0
+
+
+def test_dice_pools_the_epoch_and_is_no_mean_of_batches(notebook):
+    batches = ([1] * 10, [1] * 10), ([1, 0], [0, 1])  # Dice 1 and 0 on their own
+    assert dice_of(notebook, *batches) == pytest.approx(2 * 10 / (11 + 11))
+
+
+def test_dice_of_volumes_is_known_by_hand(notebook):
+    reference, predicted = np.zeros((2, 3, 4), bool), np.zeros((2, 3, 4), np.uint8)
+    assert notebook.dice_score(reference, predicted) == 1
+    reference[0, 0] = True
+    assert notebook.dice_score(reference, predicted) == 0
+    predicted[0, 0, :2] = 1
+    assert notebook.dice_score(reference, predicted) == pytest.approx(2 * 2 / (4 + 2))
+
+
+def test_the_loss_is_smoothed_dice_plus_cross_entropy(notebook):
+    reference, predicted = np.array([[1.0, 0.0]], "float32"), np.array([[0.5, 0.5]], "float32")
+    dice_loss = 1 - (2 * 0.5 + 1) / (1 + 1 + 1)
+    assert float(notebook.dice_loss(reference, predicted)) == pytest.approx(dice_loss)
+    total = float(notebook.dice_and_cross_entropy(reference, predicted))
+    assert total == pytest.approx(dice_loss + np.log(2), abs=1e-5)
+    empty = np.zeros((1, 2), "float32")
+    assert float(notebook.dice_loss(empty, empty)) == 0
+
+
+def test_the_loss_of_finding_nothing_has_a_slope_out_of_it(notebook):
+    reference = np.ones((1, 8, 8, 1), "float32")
+    nearly_black = [
+        float(notebook.dice_and_cross_entropy(reference, reference * p)) for p in (1e-4, 1e-3)
+    ]
+    assert nearly_black[0] - nearly_black[1] > 1
+
+
+def test_whole_patients_are_held_out(notebook):
+    names = [f"p{n}" for n in range(10)]
+    held = notebook.hold_out(names, 0.2, [], 0)
+    assert len(held) == 2 and set(held) < set(names)
+    assert held == notebook.hold_out(names[::-1], 0.2, [], 0)
+    assert notebook.hold_out(["a", "b"], 0.2, [], 0) in (["a"], ["b"])
+    assert notebook.hold_out(names, 0.2, ["p7", "p1"], 0) == ["p1", "p7"]
+    assert notebook.hold_out(["a"], 0, [], 0) == []
+
+
+def test_a_hold_out_that_cannot_be_is_refused(notebook):
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        notebook.hold_out(["a"], 0.2, [], 0)
+    with pytest.raises(ValueError, match="names \\['x'\\]"):
+        notebook.hold_out(["a", "b"], 0.2, ["x"], 0)
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Return 7 memory-mapped slices of 16 x 16 pixels; slice n has gray value n."""
+    for name, values in {"imgs": range(7), "masks": [0, 1] * 3 + [0]}.items():
+        array = np.array(values, np.uint8).reshape(7, 1, 1) * np.ones((1, 16, 16), np.uint8)
+        np.save(tmp_path / f"{name}.npy", array)
+    return [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("imgs", "masks")]
+
+
+def test_batches_hold_each_slice_once_with_its_own_mask(notebook, arrays):
+    batches = notebook.Batches(*arrays, range(7), batch_size=3, seed=0)
+    assert [len(batches[n][0]) for n in range(len(batches))] == [3, 3, 1]
+    for _ in range(2):
+        imgs = np.concatenate([batches[n][0] for n in range(3)])
+        masks = np.concatenate([batches[n][1] for n in range(3)])
+        assert sorted(imgs[:, 0, 0, 0]) == list(range(7))
+        np.testing.assert_array_equal(imgs % 2, masks)
+        batches.on_epoch_end()
+    assert imgs.shape == (7, 16, 16, 1)
+
+
+def test_batches_are_shuffled_alike_by_one_seed_and_not_without(notebook, arrays):
+    def order(seed):
+        return notebook.Batches(*arrays, range(7), 7, seed)[0][0][:, 0, 0, 0].tolist()
+
+    assert order(None) == list(range(7))
+    assert order(3) == order(3) != order(4)
+
+
+def test_gray_values_are_counted_inside_and_outside(notebook, arrays):
+    counts = notebook.count_grays(*arrays, [0, 1, 3])
+    assert counts.shape == (2, 256)
+    assert counts[0, 0] == 256 and counts[1, 1] == 256 and counts[1, 3] == 256
+    assert counts.sum() == 3 * 256
+
+
+@pytest.fixture(scope="module")
+def trained(notebook, tmp_path_factory):
+    """Return the path of a model that two epochs of training kept, and the training model."""
+    path = tmp_path_factory.mktemp("model") / "deeper" / "unet.keras"
+    imgs = np.random.default_rng(0).integers(0, 256, (4, 16, 16), np.uint8)
+    batches = notebook.Batches(imgs, (imgs > 128).astype(np.uint8), range(4), 2, 0)
+    network = notebook.unet(16, 2, 128.0, 64.0)
+    model = notebook.in_precision(network, "mixed_bfloat16")
+    model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
+    keep = notebook.KeepBest(network, path)
+    model.fit(batches, validation_data=batches, epochs=2, verbose=0, callbacks=[keep])
+    return path, network
+
+
+def test_the_kept_model_loads_without_custom_objects_and_takes_uint8_slices(trained):
+    path, network = trained
+    loaded = keras.models.load_model(path)
+    slices = np.full((1, 16, 16, 1), 200, np.uint8)
+    probabilities = np.asarray(loaded(slices))
+    np.testing.assert_allclose(probabilities, np.asarray(network(slices)), atol=1e-6)
+    assert probabilities.min() >= 0 and probabilities.max() <= 1
+    assert {layer.dtype_policy.name for layer in loaded.layers} == {"float32"}
+    assert [file.name for file in path.parent.iterdir()] == ["unet.keras"]
+
+
+def test_an_earlier_model_is_renamed_and_not_overwritten(notebook, tmp_path):
+    (tmp_path / "unet.keras").write_bytes(b"trained all night")
+    notebook.keep_earlier(tmp_path / "unet.keras")
+    (kept,) = tmp_path.iterdir()
+    assert kept.read_bytes() == b"trained all night"
+    assert kept.name.startswith("unet-2") and kept.suffix == ".keras"
+
+
+def test_a_copy_in_another_precision_predicts_the_same(notebook):
+    keras.utils.set_random_seed(0)
+    network = notebook.unet(16, 2, 128.0, 64.0)
+    twin = notebook.in_precision(network, "mixed_bfloat16")
+    slices = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 1), np.uint8)
+    exact, close = np.asarray(network(slices)), np.asarray(twin(slices))
+    assert twin.layers[2].compute_dtype == "bfloat16"
+    assert close.dtype == np.float32
+    np.testing.assert_allclose(exact, close, atol=0.02)
+
+
+def test_precision_can_be_chosen_and_auto_is_one_of_two(notebook):
+    assert notebook.choose_precision("float32") == "float32"
+    assert notebook.choose_precision("mixed_bfloat16") == "mixed_bfloat16"
+    assert notebook.choose_precision("auto") in ("float32", "mixed_bfloat16")
+
+
+def colours(picture):
+    return {tuple(colour) for colour in picture.reshape(-1, 3)}
+
+
+def test_a_probability_of_09_is_outlined_and_not_cast_to_black(notebook):
+    img, probability = np.full((32, 32), 128, np.uint8), np.zeros((32, 32), np.float16)
+    probability[4:12, 2:10] = 0.9
+    picture = notebook.overlay(img, probability)
+    assert picture.shape == (512, 512, 3) and picture.dtype == np.uint8
+    rows, columns = np.nonzero((picture == YELLOW).all(axis=-1))
+    assert 60 < rows.min() < 70 and 185 < rows.max() < 197  # rows 4 to 12, 16 times larger
+    assert 28 < columns.min() < 38 and 153 < columns.max() < 165
+    assert YELLOW not in colours(notebook.overlay(img, probability * 0.5))
+
+
+def test_the_reference_is_a_thin_line_of_a_second_colour(notebook):
+    img, mask = np.full((32, 32), 128, np.uint8), np.zeros((32, 32), np.uint8)
+    mask[4:12, 2:10] = 1
+    picture = notebook.overlay(img, mask * np.float16(0.9), mask)
+    assert {YELLOW, CYAN} <= colours(picture)
+    assert (picture == CYAN).all(axis=-1).sum() < (picture == YELLOW).all(axis=-1).sum() * 1.5
+    assert CYAN not in colours(notebook.overlay(img, mask, None))
+
+
+def test_a_patient_gets_a_picture_a_slice_in_the_order_of_position(notebook, tmp_path, arrays):
+    imgs, masks = arrays
+    slices = pd.DataFrame({"slice": [6, 5, 4, 3, 2, 1, 0], "mask": "m"})
+    part = data.Slices(imgs, masks, slices)
+    sheet = notebook.draw_patient(tmp_path / "p.1", part, masks * 0.9, np.arange(7))
+    names = sorted(path.name for path in (tmp_path / "p.1").iterdir())
+    assert names == [f"slice_{n:04d}.png" for n in range(7)]
+    assert imread(tmp_path / "p.1" / names[0]).shape == (512, 512, 3)
+    assert imread(tmp_path / "p.1.png").shape == sheet.shape == (2 * 256, 6 * 256, 3)
+
+
+def test_predictions_stay_in_line_with_their_slices(notebook, arrays, tmp_path):
+    class Echo:
+        """Stands for a network: predicts the gray value divided by ten."""
+
+        def predict(self, batches, verbose):
+            return np.concatenate([batches[n][0] for n in range(len(batches))]) / 10
+
+    groups = [np.array([4, 5, 6]), np.array([0, 1, 2, 3])]
+    probabilities = notebook.predict_slices(Echo(), arrays[0], groups, 2, tmp_path / "p.npy")
+    np.testing.assert_allclose(probabilities[:, 0, 0], np.arange(7) / 10, atol=1e-3)
+    assert isinstance(probabilities, np.memmap)
+
+
+def test_patients_are_scored_on_their_own_grid_and_scans_without_mask_are_not(notebook, root):
+    liver = body_and_liver()[1]
+    for name in ("a", "b"):
+        save(root / f"{name}_liver.nii.gz", liver, axes="RSA")
+    table = [("a", "a_liver.nii.gz", "a_liver.nii.gz"), ("b", "b_liver.nii.gz", "")]
+    slices = pd.DataFrame(
+        [row for row in table for _ in range(6)], columns=["patient", "image", "mask"]
+    )
+    upright = liver.transpose(2, 1, 0) * 0.9  # (slices, rows, columns)
+    upright[3:] = 0  # finds one of three slices
+    scores = notebook.score_patients(np.concatenate([upright, upright]), slices)
+    assert scores.patient.tolist() == ["a", "b"] and scores.slices.tolist() == [6, 6]
+    assert scores.dice[0] == pytest.approx(2 * 1 / (1 + 3))
+    assert np.isnan(scores.dice[1])

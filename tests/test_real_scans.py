@@ -1,0 +1,41 @@
+"""What only real CT with expert masks can show. Skipped where such scans are not at hand."""
+
+import numpy as np
+import pytest
+from conftest import SHARED_SCANS
+
+import data
+
+SCANS = sorted(SHARED_SCANS.glob("*/*_orig.nii.gz"))
+pytestmark = pytest.mark.skipif(
+    not SCANS, reason="needs real CT scans in ../shared/scans, which may not be redistributed"
+)
+
+
+def mask_of(path):
+    return path.with_name(path.name.replace("_orig", "_liver"))
+
+
+@pytest.mark.parametrize("path", SCANS, ids=lambda path: path.name)
+def test_a_real_liver_mask_survives_the_way_to_256_pixels_and_back(path):
+    reference = data.read_mask(mask_of(path))
+    restored = data.restore(data.slice_mask(mask_of(path), 256), path).astype(bool)
+    overlap = np.count_nonzero(reference & restored)
+    dice = 2 * overlap / (np.count_nonzero(reference) + np.count_nonzero(restored))
+    assert dice >= 0.985
+
+
+@pytest.mark.parametrize("path", SCANS, ids=lambda path: path.name)
+def test_a_real_patient_lies_upright_with_the_liver_on_the_left_of_the_picture(path):
+    imgs, masks = data.slice_image(path, 128), data.slice_mask(mask_of(path), 128)
+    assert np.nonzero(masks)[2].mean() < 64 < np.nonzero(imgs == 255)[2].mean() + 8
+    spine_rows = np.nonzero(imgs[:, :, 48:80] == 255)[1]  # bone in the middle of the body
+    assert np.median(spine_rows) > 64  # the back is at the bottom
+
+
+@pytest.mark.parametrize("path", SCANS, ids=lambda path: path.name)
+def test_the_livers_gray_values_lie_inside_the_window(path):
+    imgs, masks = data.slice_image(path, 128), data.slice_mask(mask_of(path), 128)
+    liver = imgs[masks == 1]
+    assert 110 < np.median(liver) < 240  # 12 to 216 HU
+    assert np.isin(liver, (0, 255)).mean() < 0.02
