@@ -1,0 +1,150 @@
+"""Print the speed and memory of data.py as ratios of things run side by side.
+
+    python tests/benchmark.py --volumes 8 --repeats 5
+
+Volumes are synthetic, 512 x 512 x 130 int16 with a mask, gzipped as scanners' NIfTI files are.
+Each figure is the median of whole processes, imports included, that take turns.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+REPO = Path(__file__).resolve().parents[1]
+SHAPE = (512, 512, 130)
+AFFINE = np.diag([-0.7, 0.7, 2.0, 1.0])
+
+PLAIN_NIBABEL = """
+import sys
+from concurrent.futures import {pool} as Pool
+from pathlib import Path
+import nibabel as nib
+import numpy as np
+
+def read(path):
+    return np.asarray(nib.load(path).dataobj).astype(np.int16, copy=False).shape
+
+if __name__ == "__main__":
+    with Pool({workers}) as pool:
+        list(pool.map(read, sorted(Path("raw/train").iterdir())))
+"""
+
+# What the tutorial's data.py does to its training scans, on today's nibabel: one volume after the
+# other as float64, every second row and column, HU cast to uint8, liver slices only, Python lists.
+TUTORIAL = """
+import os
+import nibabel as nib
+import numpy as np
+
+imgs, masks = [], []
+names = sorted(os.listdir("raw/train"))
+for mask_name, image_name in zip(names[::2], names[1::2]):
+    mask = nib.load(os.path.join("raw/train", mask_name))
+    image = nib.load(os.path.join("raw/train", image_name))
+    for k in range(mask.shape[2]):
+        mask_2d = np.array(mask.get_fdata()[::2, ::2, k])
+        image_2d = np.array(image.get_fdata()[::2, ::2, k])
+        if len(np.unique(mask_2d)) != 1:
+            masks.append(mask_2d)
+            imgs.append(image_2d)
+for name, slices in {"imgs": imgs, "masks": masks}.items():
+    array = np.ndarray((len(slices), 256, 256), dtype=np.uint8)
+    for index, slice_2d in enumerate(slices):
+        array[index] = slice_2d.astype(np.int16).astype(np.uint8)
+    np.save(f"tutorial_{name}.npy", array)
+"""
+
+
+def write_volumes(folder: Path, count: int) -> None:
+    """Write one synthetic patient and as many hard links to it as it takes."""
+    folder.mkdir(parents=True)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in SHAPE), indexing="ij")
+    noise = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+    image = np.where(x**2 / 0.7 + y**2 / 0.4 < 1, 40, -1000) + 60 * gaussian_filter(noise, 1)
+    liver = ((x + 0.3) ** 2 + y**2 < 0.1) & (np.abs(z) < 0.8)
+    volumes = {"orig": np.rint(image).astype(np.int16), "liver": liver.astype(np.uint8)}
+    for kind, volume in volumes.items():
+        first = folder / f"p00_{kind}.nii.gz"
+        nib.save(nib.Nifti1Image(volume, AFFINE), first)
+        for number in range(1, count):
+            os.link(first, folder / f"p{number:02d}_{kind}.nii.gz")
+
+
+def run(command: list[str], folder: Path) -> tuple[float, float]:
+    """Run a command and return its wall time in s and its peak resident memory in MiB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{command[:2]} failed in {folder}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def workplace(folder: Path, volumes: int) -> Path:
+    """Return a folder with data.py and a number of patients in raw/train.
+
+    They are written by another process: a child's peak memory counts from its parent's on.
+    """
+    with ProcessPoolExecutor(1) as pool:
+        pool.submit(write_volumes, folder / "raw" / "train", volumes).result()
+    shutil.copy(REPO / "data.py", folder)
+    return folder
+
+
+def compare_times(folder: Path, workers: int, repeats: int) -> None:
+    """Print data.py's time over plain nibabel's and over the tutorial's."""
+    commands = {
+        "data.py": ["data.py", "--only", "train", "--workers", str(workers)],
+        "nibabel, threads": [
+            "-c",
+            PLAIN_NIBABEL.format(pool="ThreadPoolExecutor", workers=workers),
+        ],
+        "nibabel, processes": ["reader.py"],
+        "tutorial": ["-c", TUTORIAL],
+    }
+    reader = PLAIN_NIBABEL.format(pool="ProcessPoolExecutor", workers=workers)
+    (folder / "reader.py").write_text(reader)
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            times[name].append(run([sys.executable, *command], folder)[0])
+    ours = times.pop("data.py")
+    print(f"data.py: median {statistics.median(ours):.2f} s")
+    for name, other in times.items():
+        ratios = [a / b for a, b in zip(ours, other, strict=True)]
+        print(
+            f"data.py / {name}: median {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}, n = {repeats})"
+        )
+
+
+def main() -> None:
+    """Compare times on some volumes and peak memory on 2 and on 16."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--volumes", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = workplace(Path(temporary) / "time", options.volumes)
+        print(f"{options.volumes} volumes of {SHAPE}, {options.workers} workers")
+        compare_times(folder, options.workers, options.repeats)
+        for volumes in (2, 16):
+            folder = workplace(Path(temporary) / f"{volumes}", volumes)
+            command = [sys.executable, "data.py", "--workers", str(options.workers)]
+            print(f"peak memory with {volumes} volumes: {run(command, folder)[1]:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
