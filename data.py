@@ -69,6 +69,15 @@ def shown(path: Path) -> str:
     return Path(os.path.relpath(path, ROOT)).as_posix()
 
 
+def identify(path: Path) -> tuple[str, str] | None:
+    """Return patient and role ("image" or "mask") that a file name tells, None if it tells none."""
+    match = NAMES.fullmatch(path.name)
+    if match is None:
+        return None
+    is_image = (match["kind"] or match["lits"]).lower() in ("orig", "volume")
+    return match["name"] or f"volume-{match['number']}", "image" if is_image else "mask"
+
+
 def find_files(folder: Path) -> dict[str, dict[str, Path]]:
     """Return {patient in lower case: {"image": path, "mask": path}} by name, never by order.
 
@@ -76,11 +85,9 @@ def find_files(folder: Path) -> dict[str, dict[str, Path]]:
     """
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("[!.]*")):
-        match = NAMES.fullmatch(path.name)
-        if match:
-            name = match["name"] or f"volume-{match['number']}"
-            image = (match["kind"] or match["lits"]).lower() in ("orig", "volume")
-            files, role = found.setdefault(name.lower(), {}), "image" if image else "mask"
+        if identity := identify(path):
+            name, role = identity
+            files = found.setdefault(name.lower(), {})
             if role in files:
                 raise ValueError(
                     f"{shown(path)} and {files[role].name} are both the {role} of patient {name}: "
@@ -109,9 +116,7 @@ def find_patients(folder: Path, masks_needed: bool) -> list[Patient]:
                 f"{shown(files['image'])} has no liver mask: put {name}_liver.nii.gz (or LiTS's "
                 "segmentation-N.nii) beside it, or move it to raw/test to segment it unscored"
             )
-        match = NAMES.fullmatch(files["image"].name)
-        spelled = match["name"] or f"volume-{match['number']}"
-        patients.append(Patient(spelled, files["image"], files.get("mask")))
+        patients.append(Patient(identify(files["image"])[0], files["image"], files.get("mask")))
     return patients
 
 
@@ -249,9 +254,14 @@ def read_mask(path: Path) -> np.ndarray:
     return raw * slope + inter > 0 if (slope, inter) != (1, 0) else raw > 0
 
 
-def check_pair(patient: Patient) -> None:
-    """Raise ValueError if the image and the mask are not on one grid."""
-    image, mask = open_volume(patient.image), open_volume(patient.mask)
+def check_headers(patient: Patient) -> None:
+    """Raise ValueError if a header is not usable, or if image and mask are not on one grid."""
+    image = open_volume(patient.image)
+    if image.header["sform_code"] == image.header["qform_code"] == 0:
+        print(f"{shown(patient.image)} does not say how it lies: check left and right in preds/")
+    if patient.mask is None:
+        return
+    mask = open_volume(patient.mask)
     if image.shape[:3] != mask.shape[:3]:
         raise ValueError(
             f"{shown(patient.image)} is {by(image.shape[:3])} but its mask {patient.mask.name} is "
@@ -428,8 +438,7 @@ def slice_split(split: str, patients: list[Patient], folder: Path, size: int, wo
     Returns a line that says what was written.
     """
     for patient in patients:
-        if patient.mask:
-            check_pair(patient)
+        check_headers(patient)
     starts = np.cumsum([0] + [slice_count(patient.image) for patient in patients]).tolist()
     for name in ("imgs", "masks"):
         create(folder / f"{name}_{split}.npy", starts[-1], size)

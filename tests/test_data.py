@@ -257,6 +257,16 @@ def test_a_nifti_of_another_name_is_left_out_aloud(root, capsys):
     assert "raw/train/p1_bone.nii.gz is left out" in capsys.readouterr().out
 
 
+def test_a_header_without_orientation_is_said(root, capsys):
+    save_patient(root / "raw/train")
+    image = nib.Nifti1Image(body_and_liver()[0], None)
+    nib.save(image, root / "raw/test/t_orig.nii.gz")
+    data.main(["--size", "32"])
+    said = capsys.readouterr().out
+    assert "raw/test/t_orig.nii.gz does not say how it lies" in said
+    assert "p1_orig.nii.gz does not" not in said
+
+
 def orig(root):
     return root / "raw/train/p1_orig.nii.gz"
 
