@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPO, body_and_liver, save
+from keras import ops
 from skimage.io import imread
 
 import data
@@ -76,7 +77,7 @@ def test_normalisation_is_inside_the_network(notebook):
     network = notebook.unet(16, 1, mean=50.0, deviation=20.0)
     slices = np.array([10, 50, 90], np.uint8).reshape(3, 1, 1, 1) * np.ones((1, 16, 16, 1), "uint8")
     normalised = keras.Model(network.inputs, network.layers[1].output)
-    assert np.allclose(np.asarray(normalised(slices))[:, 0, 0, 0], [-2, 0, 2], atol=1e-5)
+    assert np.allclose(ops.convert_to_numpy(normalised(slices))[:, 0, 0, 0], [-2, 0, 2], atol=1e-5)
 
 
 def dice_of(notebook, *batches):
@@ -197,8 +198,8 @@ def test_the_kept_model_loads_without_custom_objects_and_takes_uint8_slices(trai
     path, network = trained
     loaded = keras.models.load_model(path)
     slices = np.full((1, 16, 16, 1), 200, np.uint8)
-    probabilities = np.asarray(loaded(slices))
-    np.testing.assert_allclose(probabilities, np.asarray(network(slices)), atol=1e-6)
+    probabilities = ops.convert_to_numpy(loaded(slices))
+    np.testing.assert_allclose(probabilities, ops.convert_to_numpy(network(slices)), atol=1e-6)
     assert probabilities.min() >= 0 and probabilities.max() <= 1
     assert {layer.dtype_policy.name for layer in loaded.layers} == {"float32"}
     assert [file.name for file in path.parent.iterdir()] == ["unet.keras"]
@@ -217,7 +218,7 @@ def test_a_copy_in_another_precision_predicts_the_same(notebook):
     network = notebook.unet(16, 2, 128.0, 64.0)
     twin = notebook.in_precision(network, "mixed_bfloat16")
     slices = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 1), np.uint8)
-    exact, close = np.asarray(network(slices)), np.asarray(twin(slices))
+    exact, close = ops.convert_to_numpy(network(slices)), ops.convert_to_numpy(twin(slices))
     assert twin.layers[2].compute_dtype == "bfloat16"
     assert close.dtype == np.float32
     np.testing.assert_allclose(exact, close, atol=0.02)
