@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -40,6 +41,8 @@ UPRIGHT = ("L", "P", "S")  # where the columns, rows and slices of a stack count
 MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
 CHUNK = 2**20  # bytes that are unzipped at a time
+PARTNERS = {"orig": "liver", "liver": "orig", "volume": "segmentation", "segmentation": "volume"}
+Nifti = nib.spatialimages.SpatialImage  # Nifti1Image or Nifti2Image
 COLUMNS = ("patient", "slice", "liver", "image", "mask")
 NAMES = re.compile(
     r"((?P<name>.+)_(?P<kind>orig|liver)|(?P<lits>volume|segmentation)-(?P<number>\d+))"
@@ -64,18 +67,24 @@ class Patient(NamedTuple):
     mask: Path | None
 
 
-def shown(path: Path) -> str:
+def named(path: Path) -> str:
     """Return a path as the user sees it, from the folder of data.py."""
     return Path(os.path.relpath(path, ROOT)).as_posix()
 
 
-def identify(path: Path) -> tuple[str, str] | None:
-    """Return patient and role ("image" or "mask") that a file name tells, None if it tells none."""
+def identify(path: Path) -> tuple[str, str, Path] | None:
+    """Return what a file name tells: patient, role ("image" or "mask") and the partner's path.
+
+    None if the name is of no known form.
+    """
     match = NAMES.fullmatch(path.name)
     if match is None:
         return None
-    is_image = (match["kind"] or match["lits"]).lower() in ("orig", "volume")
-    return match["name"] or f"volume-{match['number']}", "image" if is_image else "mask"
+    word = "kind" if match["kind"] else "lits"
+    start, end = match.span(word)
+    partner = path.with_name(path.name[:start] + PARTNERS[match[word].lower()] + path.name[end:])
+    role = "image" if match[word].lower() in ("orig", "volume") else "mask"
+    return match["name"] or f"volume-{match['number']}", role, partner
 
 
 def find_files(folder: Path) -> dict[str, dict[str, Path]]:
@@ -86,37 +95,38 @@ def find_files(folder: Path) -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("[!.]*")):
         if identity := identify(path):
-            name, role = identity
+            name, role, _ = identity
             files = found.setdefault(name.lower(), {})
             if role in files:
                 raise ValueError(
-                    f"{shown(path)} and {files[role].name} are both the {role} of patient {name}: "
+                    f"{named(path)} and {files[role].name} are both the {role} of patient {name}: "
                     "keep one of them"
                 )
             files[role] = path
         elif ".nii" in path.name.lower():
-            print(f"{shown(path)} is left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz")
+            print(f"{named(path)} is left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz")
     return found
 
 
-def find_patients(folder: Path, masks_needed: bool) -> list[Patient]:
-    """Return the patients of a folder in the order of their names.
+def find_patients(files_by_name: dict[str, dict[str, Path]], masks_needed: bool) -> list[Patient]:
+    """Return the patients of `find_files` in the order of their names.
 
     Raises FileNotFoundError for an image without mask (if masks are needed), a mask without image.
     """
     patients = []
-    for name, files in sorted(find_files(folder).items()):
+    for _, files in sorted(files_by_name.items()):
+        name, _, partner = identify(files.get("image") or files["mask"])
         if "image" not in files:
             raise FileNotFoundError(
-                f"{shown(files['mask'])} has no image: put {name}_orig.nii.gz (or LiTS's "
-                "volume-N.nii) beside it or take it away"
+                f"{named(files['mask'])} has no image: put {partner.name} beside it, or take it "
+                "away"
             )
         if masks_needed and "mask" not in files:
             raise FileNotFoundError(
-                f"{shown(files['image'])} has no liver mask: put {name}_liver.nii.gz (or LiTS's "
-                "segmentation-N.nii) beside it, or move it to raw/test to segment it unscored"
+                f"{named(files['image'])} has no liver mask: put {partner.name} beside it, or "
+                "move it to raw/test to segment it unscored"
             )
-        patients.append(Patient(identify(files["image"])[0], files["image"], files.get("mask")))
+        patients.append(Patient(name, files["image"], files.get("mask")))
     return patients
 
 
@@ -125,30 +135,29 @@ def find_splits(only: str | None) -> dict[str, list[Patient]]:
 
     Raises FileNotFoundError where scans are missing, ValueError for a patient in both splits.
     """
-    splits = {
-        split: find_patients(ROOT / "raw" / split, masks_needed=split == "train")
-        for split in ("train", "test")
-        if only in (None, split)
-    }
+    found = {split: find_files(ROOT / "raw" / split) for split in ("train", "test")}
+    for name in sorted(found["train"].keys() & found["test"].keys()):
+        path = next(iter(found["test"][name].values()))
+        raise ValueError(
+            f"{named(path)} is of a patient that raw/train has too, and a test on training "
+            "patients is no test: take the patient out of one of the two"
+        )
     wanted = only or "train"
-    if not splits[wanted]:
+    if not found[wanted]:
         raise FileNotFoundError(
             f"raw/{wanted} holds no volumes named NAME_orig.nii or NAME_orig.nii.gz: put CT scans "
             "there, or run `python raw/phantom.py` for synthetic ones"
         )
-    if not splits.get("test", True):
+    if not found["test"]:
         print("raw/test holds no scans: nothing will be segmented or scored")
-    train = {patient.name.lower() for patient in splits.get("train", [])}
-    for patient in splits.get("test", []):
-        if patient.name.lower() in train:
-            raise ValueError(
-                f"{shown(patient.image)} is a patient of raw/train too, and a test on training "
-                "patients is no test: take it out of one of the two"
-            )
-    return splits
+    return {
+        split: find_patients(files, masks_needed=split == "train")
+        for split, files in found.items()
+        if only in (None, split)
+    }
 
 
-def open_volume(path: Path) -> nib.spatialimages.SpatialImage:
+def open_volume(path: Path) -> Nifti:
     """Return a NIfTI image whose header is read and whose voxels are not.
 
     Raises ValueError unless the file is NIfTI, 3-D (a fourth axis of length one is let through)
@@ -157,30 +166,32 @@ def open_volume(path: Path) -> nib.spatialimages.SpatialImage:
     try:
         image = nib.load(path)
         shape, affine = image.shape, image.affine
+    except FileNotFoundError:
+        raise
     except Exception as error:  # nibabel has a class of error for each kind of damage
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
     if len(shape) < 3 or max(shape[3:], default=1) > 1 or min(shape) < 1:
         raise ValueError(
-            f"{shown(path)} has the shape {by(shape)}, wanted one 3-D volume: export it as one"
+            f"{named(path)} has the shape {sides(shape)}, wanted one 3-D volume: export it as one"
         )
     scaled = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
     if not abs(np.linalg.det(scaled)) > 1e-3:  # also true of NaN
         raise ValueError(
-            f"{shown(path)} has an affine that cannot be inverted, {affine[:3, :3].tolist()}, so "
+            f"{named(path)} has an affine that cannot be inverted, {affine[:3, :3].tolist()}, so "
             "its axes have no direction or length: convert it again from DICOM"
         )
     return image
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def read_error(path: Path, error: Exception) -> ValueError:
     """Return the error of a file that is no NIfTI, cut short or damaged."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
     return ValueError(
-        f"{shown(path)} cannot be read as a whole NIfTI file ({reason}): copy or convert it again"
+        f"{named(path)} cannot be read as a whole NIfTI file ({reason}): copy or convert it again"
     )
 
 
-def by(shape: tuple) -> str:
+def sides(shape: tuple) -> str:
     """Return a shape as a person writes it: 512 x 512 x 129."""
     return " x ".join(str(n) for n in shape)
 
@@ -205,17 +216,17 @@ def read_voxels(path: Path) -> tuple[np.ndarray, float, float]:
     image = open_volume(path)
     stored = image.dataobj
     if stored.dtype.kind not in "iuf":
-        raise ValueError(f"{shown(path)} holds {stored.dtype}, wanted a number a voxel: convert it")
+        raise ValueError(f"{named(path)} holds {stored.dtype}, wanted a number a voxel: convert it")
     raw = np.empty(image.shape[:3], stored.dtype, order="F")
     try:
         with (igzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
             stream.seek(stored.offset)
             fill_from(stream, raw.ravel(order="F").view(np.uint8))
     except Exception as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
     if not np.isfinite([raw.min(), raw.max()]).all():
         raise ValueError(
-            f"{shown(path)} holds NaN or infinite values, wanted a number in every voxel: replace "
+            f"{named(path)} holds NaN or infinite values, wanted a number in every voxel: replace "
             "them, air is -1000 HU"
         )
     return raw, stored.slope, stored.inter
@@ -227,53 +238,57 @@ def read_image(path: Path) -> tuple[np.ndarray, float, float]:
     low, high = sorted((raw.min() * slope + inter, raw.max() * slope + inter))
     if low >= 0 or high < 0:
         raise ValueError(
-            f"{shown(path)} holds values from {low:g} to {high:g}, wanted Hounsfield units with "
+            f"{named(path)} holds values from {low:g} to {high:g}, wanted Hounsfield units with "
             "air and fat below 0 and organs above: convert it with the DICOM's rescale slope and "
             "intercept"
         )
     return raw, slope, inter
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path | str) -> np.ndarray:
     """Return the liver on the file's own grid, (x, y, z) bool: every label above 0 is liver.
+
+    path : absolute, or from the folder of data.py as in the table of slices
 
     Raises ValueError if the values are not labels: negative, fractions, or too many of them.
     """
+    path = ROOT / path
     raw, slope, inter = read_voxels(path)
     labels: set[float] = set()
     for piece in np.moveaxis(raw, 2, 0):  # (z, x, y): the piece is one x-y plane
         flat = piece.ravel(order="K")
         changes = np.flatnonzero(flat[1:] != flat[:-1])  # labels are few runs of equal values
-        labels.update((np.unique(np.append(flat[changes], flat[-1])) * slope + inter).tolist())
-        if len(labels) > MAX_LABELS or min(labels) < 0 or any(v % 1 for v in labels):
+        found = np.unique(np.append(flat[changes], flat[-1])) * slope + inter
+        labels.update(np.round(found, 3).tolist())  # scaled labels are whole but for rounding
+        if len(labels) > MAX_LABELS or min(labels) < 0 or any(label % 1 for label in labels):
             raise ValueError(
-                f"{shown(path)} is no label mask, it holds values like "
-                f"{', '.join(f'{v:g}' for v in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
+                f"{named(path)} is no label mask, it holds values like "
+                f"{', '.join(f'{label:g}' for label in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
                 "background and 1 for liver: export it as a binary label map"
             )
-    return raw * slope + inter > 0 if (slope, inter) != (1, 0) else raw > 0
+    return raw * slope + inter > 0.5 if (slope, inter) != (1, 0) else raw > 0
 
 
 def check_headers(patient: Patient) -> None:
     """Raise ValueError if a header is not usable, or if image and mask are not on one grid."""
     image = open_volume(patient.image)
     if image.header["sform_code"] == image.header["qform_code"] == 0:
-        print(f"{shown(patient.image)} does not say how it lies: check left and right in preds/")
+        print(f"{named(patient.image)} does not say how it lies: check left and right in preds/")
     if patient.mask is None:
         return
     mask = open_volume(patient.mask)
     if image.shape[:3] != mask.shape[:3]:
         raise ValueError(
-            f"{shown(patient.image)} is {by(image.shape[:3])} but its mask {patient.mask.name} is "
-            f"{by(mask.shape[:3])}: export the mask on the grid of the image"
+            f"{named(patient.image)} is {sides(image.shape[:3])} but its mask "
+            f"{patient.mask.name} is {sides(mask.shape[:3])}: export the mask on the image's grid"
         )
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
     corners = (corners * (*np.array(image.shape[:3]) - 1, 1)).T  # (x y z 1, corner)
     apart = np.abs((image.affine - mask.affine) @ corners).max()
     if not apart <= AFFINE_TOLERANCE * nib.affines.voxel_sizes(image.affine).min():
         raise ValueError(
-            f"{shown(patient.image)} and its mask {patient.mask.name} have affines that put one "
-            f"voxel {apart:.3g} mm apart: export the mask on the grid of the image"
+            f"{named(patient.image)} and its mask {patient.mask.name} have affines that put one "
+            f"voxel {apart:.3g} mm apart: export the mask on the image's grid"
         )
 
 
@@ -285,13 +300,15 @@ def orientation(affine: np.ndarray, back: bool = False) -> np.ndarray:
 
 
 def upright(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return the volume (x, y, z) as a view (slices, rows, columns): axial slices from the feet
-    up, rows from front to back, columns from the patient's right to left."""
+    """Return the volume (x, y, z) as a view (slices, rows, columns) of upright axial slices.
+
+    Slices run from the feet up, rows from front to back, columns from the patient's right to left.
+    """
     lps = orientations.apply_orientation(volume, orientation(affine))  # (L, P, S)
     return lps.transpose(2, 1, 0)  # (slices, rows, columns)
 
 
-def slice_numbers(image: nib.spatialimages.SpatialImage) -> list[int]:
+def slice_numbers(image: Nifti) -> list[int]:
     """Return for each slice of the upright stack its index, from 0, in the file."""
     stored = orientations.io_orientation(image.affine)
     axis = int(np.flatnonzero(stored[:, 0] == 2)[0])  # the file's axis closest to feet-head
@@ -299,7 +316,7 @@ def slice_numbers(image: nib.spatialimages.SpatialImage) -> list[int]:
     return numbers if stored[axis, 1] > 0 else numbers[::-1]
 
 
-def frame(image: nib.spatialimages.SpatialImage, size: int) -> tuple[slice, slice]:
+def frame(image: Nifti, size: int) -> tuple[slice, slice]:
     """Return the rows and columns that a whole slice fills in a picture of size x size pixels.
 
     Its longer side in mm fills the picture, the shorter one is centred: proportions are kept.
@@ -326,45 +343,51 @@ def to_gray(hu: np.ndarray) -> np.ndarray:
     return (np.clip((hu - low) * (255 / (high - low)), 0, 255) + 0.5).astype(np.uint8)
 
 
-def to_pictures(stack: np.ndarray, image, size: int, to_uint8) -> np.ndarray:
-    """Return full-size slices as (slices, size, size) uint8, padded with 0 (air, background)."""
+def to_pictures(
+    volume: np.ndarray, image: Nifti, size: int, to_uint8: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return a volume (x, y, z) on the grid of an image as pictures, (slices, size, size) uint8.
+
+    `to_uint8` turns a whole slice into gray values; the padding is 0 (air, background).
+    """
     rows, columns = frame(image, size)
+    stack = upright(volume, image.affine)  # (slices, rows, columns)
     pictures = np.zeros((len(stack), size, size), np.uint8)
-    for picture, full in zip(pictures, stack, strict=True):
-        pixels = np.ascontiguousarray(to_uint8(full))
+    for picture, whole in zip(pictures, stack, strict=True):
+        pixels = np.ascontiguousarray(to_uint8(whole))
         if pixels.any():
             height, width = rows.stop - rows.start, columns.stop - columns.start
             picture[rows, columns] = resize(pixels, height, width)
     return pictures
 
 
-def slice_image(path: Path, size: int) -> np.ndarray:
-    """Return a CT volume as gray pictures, (slices, size, size) uint8."""
+def slice_image(path: Path, image: Nifti, size: int) -> np.ndarray:
+    """Return a CT volume with its header `image` as pictures, (slices, size, size) uint8."""
     raw, slope, inter = read_image(path)
-    image = open_volume(path)
-    stack = upright(raw, image.affine)
     return to_pictures(
-        stack, image, size, lambda full: to_gray(full.astype(np.float32) * slope + inter)
+        raw, image, size, lambda whole: to_gray(whole.astype(np.float32) * slope + inter)
     )
 
 
-def slice_mask(path: Path, size: int) -> np.ndarray:
-    """Return a liver mask as pictures, (slices, size, size) uint8 0 or 1."""
-    image = open_volume(path)
-    stack = upright(read_mask(path), image.affine)
-    pictures = to_pictures(stack, image, size, lambda full: full.astype(np.uint8) * 255)
+def slice_mask(path: Path, image: Nifti, size: int) -> np.ndarray:
+    """Return the liver mask of a CT volume with header `image` as pictures of 0 and 1.
+
+    The image's header rules for both, so that rounding in the mask's cannot part them.
+    """
+    pictures = to_pictures(read_mask(path), image, size, lambda whole: whole.astype(np.uint8) * 255)
     return (pictures >= 128).astype(np.uint8)
 
 
-def restore(stack: np.ndarray, path: Path) -> np.ndarray:
+def restore(stack: np.ndarray, path: Path | str) -> np.ndarray:
     """Return predictions for the slices of a file as a mask on the voxel grid of that file.
 
     Parameters
     ----------
     stack : (slices, size, size) bool, uint8 or float, 0..1
         Masks or probabilities in the order of the arrays that data.py writes.
-    path : Path
-        The NIfTI file that the slices come from; only its header is read.
+    path : Path or str
+        The NIfTI file that the slices come from, absolute or from the folder of data.py as in the
+        table of slices; only its header is read.
 
     Returns
     -------
@@ -376,11 +399,11 @@ def restore(stack: np.ndarray, path: Path) -> np.ndarray:
     ValueError
         If the number of slices is not the file's.
     """
-    image = open_volume(Path(path))
+    image = open_volume(ROOT / path)
     lps_shape = np.array(image.shape[:3])[np.argsort(orientation(image.affine)[:, 0])]
     columns, rows, slices = lps_shape
     if len(stack) != slices:
-        raise ValueError(f"{shown(path)} has {slices} slices but {len(stack)} are to be put back")
+        raise ValueError(f"{path} has {slices} slices but {len(stack)} are to be put back")
     inside = frame(image, stack.shape[1])
     full = np.zeros((slices, rows, columns), np.uint8)
     for whole, picture in zip(full, stack, strict=True):
@@ -406,30 +429,26 @@ def fill(path: Path, start: int, pictures: np.ndarray) -> None:
         file.write(pictures)
 
 
-def slice_patient(patient: Patient, folder: Path, split: str, start: int, size: int) -> list:
+def slice_patient(patient: Patient, folder: Path, split: str, start: int, size: int) -> list[tuple]:
     """Write a patient's pictures into the arrays and return its lines of the slices table.
 
-    Raises ValueError if image and mask do not fit, or if a training mask is empty.
+    Raises ValueError if a file cannot be used, or if a training mask is empty.
     """
-    fill(folder / f"imgs_{split}.npy", start, slice_image(patient.image, size))
-    liver = [""] * slice_count(patient.image)  # unknown without a mask
+    image = open_volume(patient.image)
+    numbers = slice_numbers(image)
+    fill(folder / f"imgs_{split}.npy", start, slice_image(patient.image, image, size))
+    liver, mask_name = [""] * len(numbers), ""  # unknown without a mask
     if patient.mask:
-        masks = slice_mask(patient.mask, size)
-        liver = masks.any(axis=(1, 2)).astype(int).tolist()
+        masks = slice_mask(patient.mask, image, size)
+        liver, mask_name = masks.any(axis=(1, 2)).astype(int).tolist(), named(patient.mask)
         if split == "train" and not any(liver):
             raise ValueError(
-                f"{shown(patient.mask)} holds no liver at all, wanted voxels above 0: replace it, "
-                "or take the patient out of raw/train"
+                f"{mask_name} holds no liver at all, wanted voxels above 0: replace it, or take "
+                "the patient out of raw/train"
             )
         fill(folder / f"masks_{split}.npy", start, masks)
-    names = shown(patient.image), shown(patient.mask) if patient.mask else ""
-    numbers = slice_numbers(open_volume(patient.image))
-    return [(patient.name, n, has, *names) for n, has in zip(numbers, liver, strict=True)]
-
-
-def slice_count(path: Path) -> int:
-    """Return the number of axial slices of a file, from its header."""
-    return len(slice_numbers(open_volume(path)))
+    files = named(patient.image), mask_name
+    return [(patient.name, n, has, *files) for n, has in zip(numbers, liver, strict=True)]
 
 
 def slice_split(split: str, patients: list[Patient], folder: Path, size: int, workers: int) -> str:
@@ -439,7 +458,8 @@ def slice_split(split: str, patients: list[Patient], folder: Path, size: int, wo
     """
     for patient in patients:
         check_headers(patient)
-    starts = np.cumsum([0] + [slice_count(patient.image) for patient in patients]).tolist()
+    counts = [len(slice_numbers(open_volume(patient.image))) for patient in patients]
+    starts = np.cumsum([0, *counts]).tolist()
     for name in ("imgs", "masks"):
         create(folder / f"{name}_{split}.npy", starts[-1], size)
     pool = ThreadPoolExecutor(workers)  # unzipping and resizing release Python's lock
@@ -462,6 +482,22 @@ def slice_split(split: str, patients: list[Patient], folder: Path, size: int, wo
     )
 
 
+def put_in_place(finished: list[Path]) -> None:
+    """Move finished files next to data.py, over those of an earlier run, all or none of them."""
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for path in finished:
+            final, earlier = ROOT / path.name, path.with_name(path.name + ".earlier")
+            if final.exists():
+                os.replace(final, earlier)
+                moved.append((earlier, final))
+            os.replace(path, final)
+    except OSError:  # an array that another program holds open on Windows, for example
+        for earlier, final in moved:
+            os.replace(earlier, final)
+        raise
+
+
 def slice_all(splits: dict[str, list[Patient]], size: int, workers: int) -> list[str]:
     """Write the arrays and tables of all splits, all or nothing.
 
@@ -476,8 +512,7 @@ def slice_all(splits: dict[str, list[Patient]], size: int, workers: int) -> list
             slice_split(split, patients, folder, size, workers)
             for split, patients in splits.items()
         ]
-        for path in sorted(folder.iterdir()):
-            os.replace(path, ROOT / path.name)
+        put_in_place(sorted(folder.iterdir()))
         return written
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -490,12 +525,14 @@ def load_data(split: str) -> Slices:
     paths = [ROOT / name.format(split) for name in ("imgs_{}.npy", "masks_{}.npy", "slices_{}.csv")]
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{shown(path)} is missing: run `python data.py` first")
+            raise FileNotFoundError(f"{named(path)} is missing: run `python data.py` first")
     imgs, masks = (np.load(path, mmap_mode="r") for path in paths[:2])
-    slices = pandas.read_csv(paths[2], dtype={"patient": str}, keep_default_na=False)
+    types = {"patient": str, "liver": "Int8"}
+    unknown = {"liver": [""]}  # and no other text means that a value is missing
+    slices = pandas.read_csv(paths[2], dtype=types, na_values=unknown, keep_default_na=False)
     if not len(imgs) == len(masks) == len(slices):
         raise ValueError(
-            f"{shown(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
+            f"{named(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
             f"{len(masks)} and {len(slices)} slices: run `python data.py` again"
         )
     return Slices(imgs, masks, slices)
@@ -509,8 +546,8 @@ def load_train_data() -> Slices:
     imgs : (slices, rows, columns) uint8, 0..255 for WINDOW_HU, memory-mapped
     masks : (slices, rows, columns) uint8, 0 or 1, memory-mapped
     slices : pandas.DataFrame, a row a slice
-        patient, slice (index in the file), liver (1, 0, or "" if the patient has no mask), image
-        and mask (paths from the folder of data.py, mask "" if there is none).
+        patient, slice (index in the file), liver (1, 0, or missing if the patient has no mask),
+        image and mask (paths from the folder of data.py, mask "" if there is none).
 
     Raises
     ------
@@ -532,6 +569,13 @@ def multiple_of_16(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> int:
+    """Return --workers as a number. Raises argparse.ArgumentTypeError."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -540,7 +584,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=("train", "test"), help="slice this split alone")
     parser.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="volumes at a time"
+        "--workers", type=positive, default=min(os.cpu_count() or 1, 8), help="volumes at a time"
     )
     return parser.parse_args(arguments)
 

@@ -154,7 +154,7 @@ def test_a_resampled_mask_comes_back_nearly_whole(root, shape, axes):
     grid = np.indices(shape).T - (np.array(shape) - 1) / 2
     ball = ((grid / (np.array(shape) * 0.4)) ** 2).sum(axis=-1).T < 1
     path = save(root / "raw/train/p1_liver.nii.gz", ball.astype(np.uint8), axes=axes)
-    restored = data.restore(data.slice_mask(path, 64), path)
+    restored = data.restore(data.slice_mask(path, nib.load(path), 64), path)
     assert restored.dtype == np.uint8
     assert dice(restored, data.read_mask(path)) > 0.98
 
@@ -203,7 +203,36 @@ def test_a_test_scan_without_mask_is_sliced_and_unknown(root):
     imgs, masks, slices = data.load_test_data()
     np.testing.assert_array_equal(imgs, upright_pictures()[0])
     assert not masks.any()
-    assert set(slices.liver) == {""} and set(slices["mask"]) == {""}
+    assert slices.liver.isna().all() and set(slices["mask"]) == {""}
+
+
+def test_scans_with_and_without_masks_can_lie_side_by_side(root):
+    save_patient(root / "raw/train")
+    save_patient(root / "raw/test", "a")
+    save_patient(root / "raw/test", "b", mask=False)
+    data.main(["--size", "32"])
+    slices = data.load_test_data().slices
+    assert slices.liver.tolist()[:6] == [0, 0, 1, 1, 1, 0] and slices.liver[6:].isna().all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32])
+@pytest.mark.parametrize("label", [1, 2, 255])
+def test_a_mask_that_was_scaled_when_it_was_saved_is_still_a_mask(root, dtype, label):
+    image = nib.Nifti1Image(body_and_liver()[1] * float(label), np.eye(4))
+    image.set_data_dtype(dtype)  # nibabel then picks a slope that gives the labels back nearly
+    nib.save(image, root / "p1_liver.nii.gz")
+    np.testing.assert_array_equal(data.read_mask(root / "p1_liver.nii.gz"), body_and_liver()[1] > 0)
+
+
+def test_rounding_in_the_masks_header_does_not_part_it_from_its_image(root):
+    image, liver = body_and_liver((32, 24, 6))
+    liver[:] = image == -1000
+    affine = np.diag([-1, -1.0208, 2, 1])  # 24 rows fill 24 pixels, with 1.0209 they fill 25
+    save(root / "raw/train/p1_orig.nii.gz", image, affine)
+    save(root / "raw/train/p1_liver.nii.gz", liver, np.diag([-1, -1.0209, 2, 1]))
+    data.main(["--size", "32"])
+    imgs, masks, _ = data.load_train_data()
+    assert (imgs[masks == 1] < 64).all()
 
 
 def test_only_test_needs_no_training_scans(root):
@@ -316,8 +345,14 @@ BROKEN = {
         lambda r: (r / "raw/train").rename(r / "raw/other"),
         ["raw/train holds no volumes"],
     ),
-    "image without mask": (lambda r: liver_of(r).unlink(), ["p1_orig.nii.gz has no liver mask"]),
-    "mask without image": (lambda r: orig(r).unlink(), ["p1_liver.nii.gz has no image"]),
+    "image without mask": (
+        lambda r: liver_of(r).unlink(),
+        ["p1_orig.nii.gz has no liver mask", "put p1_liver.nii.gz"],
+    ),
+    "mask without image": (
+        lambda r: orig(r).unlink(),
+        ["p1_liver.nii.gz has no image", "put p1_orig.nii.gz"],
+    ),
     "test mask without image": (
         lambda r: save(r / "raw/test/t_liver.nii.gz", body_and_liver()[1]),
         ["raw/test/t_liver.nii.gz has no image"],
@@ -332,7 +367,7 @@ BROKEN = {
     ),
     "a patient in both splits": (
         lambda r: save_patient(r / "raw/test", "P1"),
-        ["raw/test/P1_orig.nii.gz is a patient of raw/train too"],
+        ["raw/test/P1_", "is of a patient that raw/train has too"],
     ),
     "other shape": (
         lambda r: save(liver_of(r), body_and_liver((32, 32, 5))[1]),
@@ -428,6 +463,26 @@ def test_an_interrupted_run_leaves_the_last_arrays_alone(root, monkeypatch):
     assert not (root / ".slicing").exists()
 
 
+def test_arrays_that_cannot_all_be_replaced_are_all_left_alone(root):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    before = (root / "imgs_test.npy").read_bytes(), (root / "imgs_train.npy").read_bytes()
+    (root / ".slicing").mkdir()
+    finished = [root / ".slicing" / name for name in ("imgs_test.npy", "imgs_train.npy")]
+    for path in finished:
+        path.write_bytes(b"new")
+    with pytest.raises(OSError):
+        data.put_in_place([*finished, root / ".slicing" / "never_written.npy"])
+    assert ((root / "imgs_test.npy").read_bytes(), (root / "imgs_train.npy").read_bytes()) == before
+
+
+def test_a_patient_of_both_splits_is_refused_even_when_one_is_sliced(root):
+    save_patient(root / "raw/train")
+    save_patient(root / "raw/test")
+    with pytest.raises(SystemExit, match="raw/train has too"):
+        data.main(["--only", "test"])
+
+
 def test_what_a_killed_run_left_is_cleared_by_the_next(root):
     save_patient(root / "raw/train")
     (root / ".slicing").mkdir()
@@ -451,6 +506,13 @@ def test_a_size_that_four_poolings_cannot_halve_is_refused(root, size, capsys):
     with pytest.raises(SystemExit):
         data.main([f"--size={size}"])
     assert "no multiple of 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_a_number_of_workers_that_cannot_be_is_refused(root, workers, capsys):
+    with pytest.raises(SystemExit):
+        data.main([f"--workers={workers}"])
+    assert "--workers" in capsys.readouterr().err
 
 
 def test_loading_before_slicing_says_what_to_run(root):
