@@ -484,17 +484,18 @@ def slice_split(split: str, patients: list[Patient], folder: Path, size: int, wo
 
 def put_in_place(finished: list[Path]) -> None:
     """Move finished files next to data.py, over those of an earlier run, all or none of them."""
-    moved: list[tuple[Path, Path]] = []
+    begun: list[tuple[Path, Path]] = []
     try:
         for path in finished:
             final, earlier = ROOT / path.name, path.with_name(path.name + ".earlier")
+            begun.append((earlier, final))
             if final.exists():
                 os.replace(final, earlier)
-                moved.append((earlier, final))
             os.replace(path, final)
-    except OSError:  # an array that another program holds open on Windows, for example
-        for earlier, final in moved:
-            os.replace(earlier, final)
+    except BaseException:  # Ctrl-C, or on Windows an array that another program holds open
+        for earlier, final in begun:
+            if earlier.exists():
+                os.replace(earlier, final)
         raise
 
 

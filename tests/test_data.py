@@ -476,6 +476,24 @@ def test_arrays_that_cannot_all_be_replaced_are_all_left_alone(root):
     assert ((root / "imgs_test.npy").read_bytes(), (root / "imgs_train.npy").read_bytes()) == before
 
 
+def test_an_interrupt_while_arrays_are_replaced_brings_the_last_ones_back(root, monkeypatch):
+    for name in ("a.npy", "new_a.npy"):
+        (root / name).write_bytes(name.encode())
+    (root / ".slicing").mkdir()
+    finished = (root / "new_a.npy").rename(root / ".slicing" / "a.npy")
+    replace = data.os.replace
+
+    def interrupted_at_the_second(source, target):
+        if source == finished:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(data.os, "replace", interrupted_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        data.put_in_place([finished])
+    assert (root / "a.npy").read_bytes() == b"a.npy"
+
+
 def test_a_patient_of_both_splits_is_refused_even_when_one_is_sliced(root):
     save_patient(root / "raw/train")
     save_patient(root / "raw/test")
