@@ -501,13 +501,15 @@ def download(url: str, number: int) -> Path:
             fetch(url, number, part)
             os.replace(part, path)
         except (requests.RequestException, zipfile.BadZipFile, zlib.error) as error:
-            status = getattr(getattr(error, "response", None), "status_code", 0)
+            answer = getattr(error, "response", None)
+            status = 0 if answer is None else answer.status_code
+            reason = f"{status} {answer.reason}" if status else type(error).__name__
             refused = 400 <= status < 500 and status != 429  # 429 is "too many requests"
             if refused or attempt == TRIES - 1:
                 away = isinstance(error, requests.ConnectionError | requests.Timeout)
                 kind = ConnectionError if away or status >= 500 else ValueError
-                raise kind(f"{url} gives no whole zip ({error}): {BY_HAND}") from error
-            print(f"patient {number}: {error}, trying again")
+                raise kind(f"{url} gives no whole zip ({reason}): {BY_HAND}") from error
+            print(f"patient {number}: {reason}, trying again")
             time.sleep(PAUSE_S * 2**attempt)
         finally:
             part.unlink(missing_ok=True)
@@ -607,13 +609,12 @@ def check_patients(test: Iterable[int], failures: dict[int, str]) -> pd.DataFram
     rows = []
     there = [number for number in NUMBERS if number in failures or is_whole(number, test)]
     for number in tqdm(there, "checks", unit=" patients"):
-        row = {"patient": number, "split": split_of(number, test)}
-        row |= {"verdict": "failed", "why": failures.get(number)}
-        if number not in failures:
-            try:
-                row |= check_patient(number, row["split"])
-            except Exception as error:  # nibabel and numpy have one for each kind of damage
-                row["why"] = str(damaged(pair(number, row["split"])[1], error))
+        row = {"patient": number, "split": split_of(number, test), "verdict": "failed"}
+        try:
+            why = failures.get(number)
+            row |= {"why": why} if why else check_patient(number, row["split"])
+        except Exception as error:  # nibabel and numpy have one for each kind of damage
+            row["why"] = str(damaged(pair(number, row["split"])[1], error))
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS).convert_dtypes()
 
@@ -622,7 +623,7 @@ def report(table: pd.DataFrame) -> None:
     """Write the table to raw/ircad.csv, print it, and name those patients who are not ok."""
     table.to_csv(WORK / "ircad.csv", index=False)
     os.replace(WORK / "ircad.csv", RAW / "ircad.csv")
-    print(table.drop(columns="why").to_string(index=False, na_rep="-"))
+    print(table.drop(columns="why").astype(object).fillna("-").to_string(index=False))
     for row in table[table["verdict"] != "ok"].itertuples():
         print(f"patient {row.patient} {row.verdict}: {row.why}")
     for folder in (RAW / "train", RAW / "test"):
