@@ -8,7 +8,7 @@ Writes ircad_e01_orig.nii.gz (int16, HU) and ircad_e01_liver.nii.gz (uint8, 0 or
 raw/ircad.csv with a line of checks a patient. A patient whose DICOM files do not fit is not
 written; one who only looks odd in the table is, and both make the exit code 1. Stop it when you
 like: files get their names when they are whole, the next run goes on with what is missing, and
-nothing that is there is overwritten.
+nothing that is there is overwritten (to convert a patient again, delete the two files).
 
 `--from` takes the whole zip, zips of patients, or folders unpacked to any depth; zips in zips stay
 packed. Only PATIENT_DICOM and MASKS_DICOM are read, and in them names that begin with a dot,
@@ -362,7 +362,7 @@ def match_slices(masks: list[Slice], images: list[Slice]) -> np.ndarray:
             continue
         if set(wanted) == set(found) and len(set(wanted)) == len(images):
             if places is by_instance_number:
-                tqdm.write(f"{folder} has not the positions of the CT, InstanceNumber orders it")
+                tqdm.write(f"{folder} lacks the CT's positions: it is matched by InstanceNumber")
             at = dict(zip(found, masks, strict=True))
             return np.stack([at[place].pixels.T > 0 for place in wanted], axis=-1)
     raise ValueError(
@@ -504,7 +504,7 @@ def download(url: str, number: int) -> Path:
             answer = getattr(error, "response", None)
             status = 0 if answer is None else answer.status_code
             reason = f"{status} {answer.reason}" if status else type(error).__name__
-            refused = 400 <= status < 500 and status != 429  # 429 is "too many requests"
+            refused = 400 <= status < 500 and status != 429  # 429: too many requests, so wait
             if refused or attempt == TRIES - 1:
                 away = isinstance(error, requests.ConnectionError | requests.Timeout)
                 kind = ConnectionError if away or status >= 500 else ValueError
@@ -623,7 +623,8 @@ def report(table: pd.DataFrame) -> None:
     """Write the table to raw/ircad.csv, print it, and name those patients who are not ok."""
     table.to_csv(WORK / "ircad.csv", index=False)
     os.replace(WORK / "ircad.csv", RAW / "ircad.csv")
-    print(table.drop(columns="why").astype(object).fillna("-").to_string(index=False))
+    shown = table.drop(columns="why").astype(object)
+    print(shown.where(shown.notna(), "-").to_string(index=False))
     for row in table[table["verdict"] != "ok"].itertuples():
         print(f"patient {row.patient} {row.verdict}: {row.why}")
     for folder in (RAW / "train", RAW / "test"):
