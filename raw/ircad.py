@@ -17,7 +17,6 @@ __MACOSX, DICOMDIR, Thumbs.db and desktop.ini are passed over.
 
 import argparse
 import errno
-import gzip
 import io
 import os
 import re
@@ -431,10 +430,9 @@ def write_pair(finals: list[Path], images: list[nib.Nifti1Image]) -> None:
     drafts = [path.with_name(f".{path.name}") for path in finals]
     try:
         for image, draft, final in zip(images, drafts, finals, strict=True):
-            content = gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
-            if final.exists() and final.read_bytes() != content:
+            nib.save(image, draft)  # gzipped at level 1 and without a date
+            if final.exists() and final.read_bytes() != draft.read_bytes():
                 raise ValueError(f"{final} has no partner and would be overwritten: take it away")
-            draft.write_bytes(content)
         for draft, final in zip(drafts, finals, strict=True):
             os.replace(draft, final)
     finally:
@@ -629,7 +627,7 @@ def report(table: pd.DataFrame) -> None:
         print(f"patient {row.patient} {row.verdict}: {row.why}")
     for folder in (RAW / "train", RAW / "test"):
         if others := sorted({*folder.glob("[!.]*")} - {*folder.glob("ircad_e*")}):
-            print(f"raw/{folder.name} also holds {others[0].name}: data.py takes what is there")
+            print(f"raw/{folder.name} also holds {others[0].name}: data.py will slice that too")
 
 
 def prepare() -> None:
@@ -644,7 +642,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     number = {"type": int, "choices": NUMBERS, "metavar": "N"}
-    parser.add_argument("--from", dest="source", type=Path, help="a zip or a folder to convert")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="PATH", help="a zip or a folder"
+    )
     parser.add_argument("--patients", nargs="+", help="these alone (1 to 20)", **number)
     parser.add_argument("--test", nargs="*", default=TEST, help="go to raw/test (14-20)", **number)
     parser.add_argument("--url", default=URL, help="where to download from (%(default)s)")

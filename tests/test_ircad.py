@@ -664,7 +664,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(
 
     with monkeypatch.context() as disk:
         if where == "image":
-            disk.setattr(ircad.Path, "write_bytes", full)
+            disk.setattr(ircad.nib, "save", full)
         else:
             disk.setattr(ircad.pd.DataFrame, "to_csv", full)
         assert run("--from", source) == 1
