@@ -118,9 +118,9 @@ def list_zip(zipped: Member, opened: ExitStack) -> list[Member]:
     """
     try:
         file = opened.enter_context(zipped.open())
-        if isinstance(file, zipfile.ZipExtFile):  # in a zip one cannot jump about
+        if isinstance(file, zipfile.ZipExtFile):  # in a zip one cannot jump about; `opened` closes
             packed = file
-            file = opened.enter_context(tempfile.TemporaryFile(dir=WORK))  # noqa: SIM115  `opened` closes it
+            file = opened.enter_context(tempfile.TemporaryFile(dir=WORK))  # noqa: SIM115
             shutil.copyfileobj(packed, file)
         archive = opened.enter_context(zipfile.ZipFile(file))
     except OSError:

@@ -151,9 +151,6 @@ def arrays(raw, number=1, split="train"):
     return [np.asarray(volume.dataobj) for volume in load(raw, number, split)]
 
 
-# --- Conversion
-
-
 def test_a_converted_patient_gives_upright_slices_in_data_py(raw, tmp_path):
     source = put(tmp_path / "3Dircadb1.1", patient())
     assert run("--from", source) == 0
@@ -264,9 +261,6 @@ def test_values_become_hounsfield_units_through_slope_and_intercept():
     assert set(hu.ravel().tolist()) == {976}
 
 
-# --- Masks
-
-
 @pytest.mark.parametrize("white", [1, 255])
 def test_masks_of_0_and_1_and_of_0_and_255_are_the_same(raw, tmp_path, white):
     assert run("--from", put(tmp_path / "3Dircadb1.1", patient(white=white))) == 0
@@ -351,9 +345,6 @@ def test_what_the_liver_mask_leaves_out_is_added_and_printed(raw, tmp_path, caps
     said = capsys.readouterr().out
     assert "livertumor01 is in the liver: 4 voxels" in said
     assert "MASKS_DICOM/tumor" not in said
-
-
-# --- Sources
 
 
 def unpacked(files, folder):
@@ -483,9 +474,6 @@ def test_only_the_patients_asked_for_are_converted_and_absent_ones_are_named(raw
     assert names(raw, "test") == [name.format(14) for name in NAMES]
 
 
-# --- Splits
-
-
 def test_another_split_moves_the_files_and_converts_nothing(raw, tmp_path, monkeypatch):
     source = tmp_path / "3Dircadb1"
     for number in (1, 3, 14):
@@ -507,9 +495,6 @@ def test_a_patient_in_both_splits_stops_everything_before_anything_moves(raw, tm
     assert run("--from", tmp_path, "--test", 14) == 1
     assert "raw/train too: take one of them away" in capsys.readouterr().err
     assert len(list(raw.glob("*/*.nii.gz"))) == 4
-
-
-# --- Errors
 
 
 def edited(name, **fields):
@@ -704,9 +689,6 @@ def test_stopped_between_the_two_names_it_leaves_a_pair_that_data_py_refuses_and
     assert names(raw, "train") == [name.format(1) for name in NAMES]
 
 
-# --- Checks
-
-
 def test_the_table_says_what_the_files_hold(raw, tmp_path, capsys):
     files = patient()
     run("--from", put(tmp_path / "3Dircadb1.1", files))
@@ -769,9 +751,6 @@ def test_a_file_that_was_damaged_later_is_named(raw, tmp_path, capsys):
 def test_the_known_counts_are_those_of_twenty_patients():
     assert len(ircad.SLICES) == 20
     assert sum(ircad.SLICES) == 2823
-
-
-# --- Download
 
 
 class Server:
@@ -969,9 +948,6 @@ def test_importing_the_script_does_nothing(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["ircad.py"]
-
-
-# --- A real patient
 
 
 @pytest.mark.skipif(
