@@ -75,10 +75,23 @@ def test_no_backend_is_called_but_keras():
             }
 
 
-def test_the_unet_has_the_tutorials_parameters(notebook):
-    network = notebook.unet(256, 32, 0.0, 1.0)
+def kinds(network):
+    return [type(layer).__name__ for layer in network.layers]
+
+
+def test_the_unet_without_batch_normalisation_is_the_tutorials(notebook):
+    network = notebook.unet(256, 32, 0.0, 1.0, normalize=False)
     assert network.count_params() == 7_759_521
     assert network.output_shape == (None, 256, 256, 1)
+    assert "BatchNormalization" not in kinds(network)
+
+
+def test_batch_normalisation_stands_at_each_pooling_and_each_way_up(notebook):
+    network = notebook.unet(32, 2, 0.0, 1.0)
+    channels = [2, 4, 8, 16] + [32, 16, 8, 4]  # poolings down, then before each way up
+    assert kinds(network).count("BatchNormalization") == len(channels)
+    plain = notebook.unet(32, 2, 0.0, 1.0, normalize=False)
+    assert network.count_params() == plain.count_params() + 4 * sum(channels)
 
 
 def test_normalisation_is_inside_the_network(notebook):
@@ -186,6 +199,106 @@ def test_batches_are_shuffled_alike_by_one_seed_and_not_without(notebook, arrays
     assert order(3) == order(3) != order(4)
 
 
+class Draws:
+    """Stands for a random generator: each draw is the next of the given places, 0 low to 1 high."""
+
+    def __init__(self, *places):
+        self.places = iter(places)
+
+    def uniform(self, low, high, size=None):
+        return low + np.asarray(next(self.places)) * (high - low)
+
+
+MIDDLE = {"angle": 0.5, "zoom": 0.5, "shift": 0.5, "contrast": 0.5, "gamma": 0.5, "light": 0.5}
+
+
+def moved(notebook, img, mask, **places):
+    return notebook.augment(img, mask, Draws(*(MIDDLE | places).values()))
+
+
+def block(rows, columns, side=64):
+    mask = np.zeros((side, side), np.uint8)
+    mask[rows, columns] = 1
+    return mask * np.uint8(200), mask
+
+
+def test_in_the_middle_of_its_ranges_augmentation_changes_nothing(notebook):
+    img = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+    mask = (img > 128).astype(np.uint8)
+    new_img, new_mask = moved(notebook, img, mask)
+    assert new_img.dtype == new_mask.dtype == np.uint8
+    np.testing.assert_array_equal(new_img, img)
+    np.testing.assert_array_equal(new_mask, mask)
+
+
+def test_a_shift_moves_columns_and_rows_by_a_tenth_of_the_side(notebook):
+    img, mask = block(slice(20, 30), slice(40, 50), side=60)
+    new_img, new_mask = moved(notebook, img, mask, shift=(1.0, 0.0))  # columns, rows
+    expected_img, expected_mask = block(slice(26, 36), slice(34, 44), side=60)
+    np.testing.assert_array_equal(new_mask, expected_mask)
+    np.testing.assert_array_equal(new_img, expected_img)
+
+
+def test_a_turn_goes_around_the_middle(notebook):
+    img, mask = block(slice(30, 35), slice(47, 52))  # its middle is 17.5 right, 0.5 below
+    rows, columns = np.nonzero(moved(notebook, img, mask, angle=1.0)[1])
+    turned = -np.deg2rad(15)  # a point 17.5 to the right of the middle goes up
+    assert columns.mean() + 0.5 - 32 == pytest.approx(17.5 * np.cos(turned) + 0.13, abs=0.3)
+    assert rows.mean() + 0.5 - 32 == pytest.approx(17.5 * np.sin(turned) + 0.48, abs=0.3)
+
+
+def test_a_zoom_changes_the_area_by_its_square(notebook):
+    img, mask = block(slice(12, 52), slice(12, 52))
+    for place, zoom in {0.0: np.exp(0.22), 1.0: np.exp(-0.22)}.items():
+        area = moved(notebook, img, mask, zoom=place)[1].sum()
+        assert area == pytest.approx(40**2 * zoom**2, rel=0.02)
+
+
+def test_light_changes_the_grays_and_not_the_mask(notebook):
+    img, mask = block(slice(22, 42), slice(22, 42))
+    lighter, same = moved(notebook, img, mask, light=1.0)
+    assert lighter[30, 30] == 225 and lighter[0, 0] == 25
+    np.testing.assert_array_equal(same, mask)
+    flatter, _ = moved(notebook, img, mask, contrast=0.0)  # exp(-0.25) = 0.7788
+    assert flatter[30, 30] == 184 and flatter[0, 0] == 28
+
+
+def test_image_and_mask_move_together_and_are_never_mirrored(notebook):
+    img, mask = block(slice(10, 50), slice(6, 26), side=64)
+    for seed in range(30):
+        new_img, new_mask = notebook.augment(img, mask, np.random.default_rng(seed))
+        bright = new_img > (int(new_img.min()) + int(new_img.max())) / 2
+        assert notebook.dice_score(bright, new_mask) > 0.97
+        assert new_mask[:, :32].sum() > 5 * new_mask[:, 32:].sum()
+
+
+def test_augmented_batches_differ_by_epoch_and_not_by_run_or_worker(notebook, arrays):
+    def epochs(seed, **options):
+        pieces = np.arange(7 * 16 * 16, dtype=np.uint8).reshape(7, 16, 16)
+        batches = notebook.Batches(
+            pieces, arrays[1], range(7), 7, seed, notebook.augment, **options
+        )
+        first = np.array(batches[0][0])
+        batches.on_epoch_end()
+        return first, np.array(batches[0][0])
+
+    first, second = epochs(1)
+    assert np.sort(first.sum(axis=(1, 2, 3))).tolist() != np.sort(second.sum((1, 2, 3))).tolist()
+    for again, once in zip(epochs(1, workers=4), (first, second), strict=True):
+        np.testing.assert_array_equal(again, once)
+    assert (epochs(2)[0] != first).any()
+
+
+def test_the_learning_rate_rises_and_falls_to_zero(notebook):
+    rate = notebook.learning_rate(1e-3, 100)
+    values = [float(rate(step)) for step in range(101)]
+    assert values[0] == 0 and values[5] == pytest.approx(1e-3)  # a twentieth of the steps
+    assert values[5 + 95 // 2 + 1] == pytest.approx(5e-4, rel=0.02)
+    assert values[100] == pytest.approx(0, abs=1e-9)
+    assert np.argmax(values) == 5 and (np.diff(values[5:]) < 0).all()
+    assert notebook.learning_rate(1e-3, 100, decay=False) == 1e-3
+
+
 def test_gray_values_are_counted_inside_and_outside(notebook, arrays):
     counts = notebook.count_grays(*arrays, [0, 1, 3])
     assert counts.shape == (2, 256)
@@ -223,7 +336,7 @@ def test_two_trainings_with_one_seed_give_the_same_dice(notebook, arrays):
         keras.utils.set_random_seed(5)
         model = notebook.unet(16, 4, 3.0, 2.0)
         model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
-        batches = notebook.Batches(*arrays, range(7), 2, seed=5)
+        batches = notebook.Batches(*arrays, range(7), 2, 5, notebook.augment, workers=3)
         return model.fit(batches, epochs=3, verbose=0).history
 
     first, second = train(), train()
