@@ -330,8 +330,9 @@ def to_hu(slices: list[Slice]) -> np.ndarray:
 
 def by_position(slices: list[Slice], images: list[Slice]) -> list[int]:
     """Return the index of the image slice at the position of each slice."""
-    first_mm, second_mm = heights(images[:2], images)
-    return np.rint((heights(slices, images) - first_mm) / (second_mm - first_mm)).tolist()
+    images_mm = heights(images, images)
+    step_mm = (images_mm[-1] - images_mm[0]) / (len(images) - 1)
+    return np.rint((heights(slices, images) - images_mm[0]) / step_mm).tolist()
 
 
 def by_instance_number(slices: list[Slice], _: list[Slice]) -> list[int]:
