@@ -406,11 +406,75 @@ def restore(stack: np.ndarray, path: Path | str) -> np.ndarray:
         raise ValueError(f"{path} has {slices} slices but {len(stack)} are to be put back")
     inside = frame(image, stack.shape[1])
     full = np.zeros((slices, rows, columns), np.uint8)
-    for whole, picture in zip(full, stack, strict=True):
-        if picture.any():
+
+    def put_back(whole: np.ndarray, picture: np.ndarray) -> None:
+        if picture.max() >= 0.5:  # interpolation never goes above what it is given
             whole[:] = resize(picture[inside].astype(np.float32), rows, columns) >= 0.5
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # Pillow releases Python's lock
+        list(pool.map(put_back, full, stack))
     lps = full.transpose(2, 1, 0)  # (L, P, S)
     return orientations.apply_orientation(lps, orientation(image.affine, back=True))
+
+
+def write_mask(path: Path | str, mask: np.ndarray, source: Path | str) -> None:
+    """Write a mask as gzipped NIfTI that any viewer lays over the file it belongs to.
+
+    The header is the source's: shape, affine with its codes, units. The file appears whole or not
+    at all.
+
+    Parameters
+    ----------
+    path : Path or str
+        Where to, a name that ends with .nii.gz.
+    mask : (x, y, z) uint8 or bool, 0 or 1
+        On the axes of the source, as `restore` returns it.
+    source : Path or str
+        The scan, absolute or from the folder of data.py; only its header is read.
+
+    Raises
+    ------
+    ValueError
+        If the mask does not have the source's shape.
+    """
+    image, path = open_volume(ROOT / source), Path(path)
+    if mask.shape != image.shape[:3]:
+        raise ValueError(
+            f"{source} is {sides(image.shape[:3])} but its mask is {sides(mask.shape)}: make it "
+            "with restore"
+        )
+    header = image.header.copy()
+    header.set_data_dtype(np.uint8)
+    header["cal_min"], header["cal_max"] = 0, 1  # the gray values a viewer starts with
+    header.extensions.clear()  # they describe the scan, sometimes with the patient's name
+    written = type(image)(mask.astype(np.uint8).reshape(image.shape), image.affine, header)
+    part = path.with_name(f".{path.name}")
+    try:
+        with igzip.open(part, "wb", compresslevel=1) as file:
+            written.to_stream(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def stand_up(volume: np.ndarray, path: Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a volume on the grid of a file as `upright` does, and the size of its voxels.
+
+    Parameters
+    ----------
+    volume : (x, y, z) of any type
+        On the axes of the file.
+    path : Path or str
+        The file, absolute or from the folder of data.py; only its header is read.
+
+    Returns
+    -------
+    stack : (slices, rows, columns), a view
+    spacing_mm : (3,) float, from slice to slice, row to row, column to column
+    """
+    affine = open_volume(ROOT / path).affine
+    axes = np.argsort(orientation(affine)[:, 0])[::-1]  # the file's axes along S, P and L
+    return upright(volume, affine), nib.affines.voxel_sizes(affine)[axes]
 
 
 def create(path: Path, slices: int, size: int) -> None:
