@@ -9,6 +9,7 @@ import sys
 
 import keras
 import nbformat
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -81,12 +82,21 @@ def test_each_test_slice_has_an_upright_picture_of_its_own(journey):
 
 
 def test_the_table_scores_each_patient_and_gives_mean_and_worst(journey):
-    table = pd.read_csv(journey[0] / "preds" / "dice.csv").set_index("patient").dice
+    table = pd.read_csv(journey[0] / "preds" / "metrics.csv").set_index("patient").dice
     patients = table.drop(["mean", "worst"])
     assert list(patients.index) == ["phantom_04", "phantom_05"]
     assert patients.between(0, 1).all()
     assert table["mean"] == pytest.approx(patients.mean(), abs=1e-4)
     assert table["worst"] == patients.min()
+
+
+def test_each_patient_is_kept_as_a_volume_over_its_scan(journey):
+    folder, _ = journey
+    for patient in ("phantom_04", "phantom_05"):
+        scan = nib.load(folder / "raw" / "test" / f"{patient}_orig.nii.gz")
+        liver = nib.load(folder / "preds" / f"{patient}_liver.nii.gz")
+        assert liver.shape == scan.shape and liver.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(liver.affine, scan.affine)
 
 
 def test_dice_per_epoch_is_plotted_and_kept(journey):
@@ -115,11 +125,12 @@ def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
     run(tmp_path, "data.py", "--only", "test", "--size", "64")
     notebook = execute(tmp_path, WEIGHTS="mine.keras")
     assert "epoch 1/" not in printed(notebook)
-    table = pd.read_csv(tmp_path / "preds" / "dice.csv").set_index("patient").dice
-    before = pd.read_csv(trained / "preds" / "dice.csv").set_index("patient").dice
+    table = pd.read_csv(tmp_path / "preds" / "metrics.csv").set_index("patient").dice
+    before = pd.read_csv(trained / "preds" / "metrics.csv").set_index("patient").dice
     assert np.isnan(table["phantom_04"])
     assert table["phantom_05"] == pytest.approx(before["phantom_05"], abs=1e-3)
     assert len(list((tmp_path / "preds" / "phantom_04").iterdir())) > 10
+    assert (tmp_path / "preds" / "phantom_04_liver.nii.gz").exists()
     assert not (tmp_path / "preds" / "unet.keras").exists()
 
 
