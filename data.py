@@ -477,6 +477,16 @@ def stand_up(volume: np.ndarray, path: Path | str) -> tuple[np.ndarray, np.ndarr
     return upright(volume, affine), nib.affines.voxel_sizes(affine)[axes]
 
 
+def read_gray(path: Path | str) -> np.ndarray:
+    """Return a CT volume upright, (slices, rows, columns) uint8, WINDOW_HU spread over 0..255.
+
+    path : absolute, or from the folder of data.py as in the table of slices
+    """
+    raw, slope, inter = read_image(ROOT / path)
+    stack, _ = stand_up(raw, path)
+    return np.stack([to_gray(whole.astype(np.float32) * slope + inter) for whole in stack])
+
+
 def create(path: Path, slices: int, size: int) -> None:
     """Make an .npy file for (slices, size, size) uint8 that `fill` fills patient by patient."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (slices, size, size)}

@@ -79,6 +79,7 @@ def test_each_test_slice_has_an_upright_picture_of_its_own(journey):
         picture = imread(folder / "preds" / patient / pictures[len(pictures) // 2])
         assert picture.shape == (512, 512, 3) and picture.any()
         assert imread(folder / "preds" / f"{patient}.png").any()
+        assert imread(folder / "preds" / f"{patient}_3d.png").any()
 
 
 def test_the_table_scores_each_patient_and_gives_mean_and_worst(journey):

@@ -294,3 +294,111 @@ def test_without_any_mask_there_is_no_mean_and_no_worst(notebook, scored):
     table = notebook.add_mean_and_worst(scored[2:].reset_index(drop=True)).set_index("patient")
     assert list(table.index) == ["p3", "mean", "worst"]
     assert table.dice.isna().all() and table.loc["p3", "liver_ml"] == 0.6
+
+
+SPACING_MM = np.array([3.0, 1.0, 1.5])
+
+
+def ball(radius_mm, centre_mm=(60, 40, 45), shape=(40, 80, 60)):
+    """Return a ball, (slices, rows, columns) bool, of voxels of SPACING_MM."""
+    places_mm = (np.indices(shape).T + 0.5) * SPACING_MM
+    distances_mm = np.linalg.norm(places_mm - centre_mm, axis=-1).T
+    return distances_mm < radius_mm
+
+
+def test_the_surface_of_a_ball_is_round_in_mm_and_its_normals_point_outwards(notebook):
+    vertices, normals, faces = notebook.liver_surface(ball(25), SPACING_MM)
+    outwards = vertices - [60, 40, 45]
+    distances_mm = np.linalg.norm(outwards, axis=1)
+    assert np.abs(distances_mm - 25).max() < 1.5
+    assert ((outwards * normals).sum(axis=1) > 0.9 * distances_mm).all()
+    assert faces.max() < len(vertices)
+
+
+def test_distances_to_the_reference_are_below_zero_inside_it(notebook):
+    small, large = (notebook.liver_surface(ball(r), SPACING_MM) for r in (20, 26))
+    np.testing.assert_allclose(notebook.signed_distances(large, small), 6, atol=1.5)
+    np.testing.assert_allclose(notebook.signed_distances(small, large), -6, atol=1.5)
+    assert not notebook.signed_distances(small, small).any()
+
+
+@pytest.fixture
+def drawn(notebook):
+    """Return the five pictures of a ball that lies to the right, front and top of the reference.
+
+    Its middle is 12 mm above, before and to the patient's right of the reference's.
+    """
+    scan = np.zeros((40, 80, 60), np.uint8)
+    reference, predicted = ball(20, (50, 45, 55)), ball(20, (62, 33, 43))
+    figure = notebook.draw_in_3d(scan, predicted, reference, SPACING_MM, "p1")
+    figure.canvas.draw()
+    yield [axes for part in figure.subfigs for axes in part.axes]
+    notebook.plt.close(figure)
+
+
+def middle_on_screen(axes, points):
+    """Return where the middle of points in data coordinates lies, (right, up) in pixels."""
+    ends = np.array([np.min(points, axis=0), np.max(points, axis=0)])
+    return axes.transData.transform(ends).mean(axis=0)
+
+
+def test_the_planes_show_right_on_the_left_and_the_front_and_the_head_on_top(drawn):
+    # in the axial plane the ball lies to the left and up, in the coronal one too, in the sagittal
+    # plane to the left and up: the front is on the left
+    for axes in drawn[:3]:
+        outlines = {
+            tuple(drawing.get_edgecolor()[0][:3]): np.concatenate(
+                [path.vertices for path in drawing.get_paths()]
+            )
+            for drawing in axes.collections
+        }
+        yellow, cyan = (middle_on_screen(axes, outlines[c]) for c in [(1, 1, 0), (0, 1, 1)])
+        assert yellow[0] < cyan[0] and yellow[1] > cyan[1]
+
+
+def test_the_letters_name_the_patients_sides(drawn):
+    letters = ["".join(text.get_text() for text in axes.texts) for axes in drawn[:5]]
+    assert letters == ["RLAP", "RLSI", "APSI", "RLSI", "PASI"]
+
+
+def test_the_proportions_are_those_in_mm(drawn):
+    assert [axes.get_aspect() for axes in drawn[:5]] == [1] * 5
+    left, right, bottom, top = drawn[1].images[0].get_extent()
+    # 30 mm around both: columns of 1.5 mm, slices of 3 mm, cut off where the volume ends
+    assert right - left == pytest.approx(90) and top - bottom == pytest.approx(112, abs=6)
+
+
+def test_the_surface_is_seen_from_the_front_and_from_the_patients_right(notebook):
+    # a liver of two balls: the larger one lies to the right, to the front and on top
+    liver = ball(20, (90, 25, 25)) | ball(10, (30, 60, 70))
+    figure = notebook.plt.figure()
+    notebook.draw_surfaces(figure, liver, None, SPACING_MM)
+    front, side = figure.axes
+    for axes, sign in (
+        (front, -1),
+        (side, 1),
+    ):  # the front is to the right when seen from the right
+        corners = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
+        large, small = np.sort(corners[:, 1])[[-1, 0]]
+        top, bottom = corners[corners[:, 1] > 60], corners[corners[:, 1] < 60]
+        assert np.ptp(top[:, 1]) > np.ptp(bottom[:, 1]) and large > small
+        assert np.sign(top[:, 0].mean() - bottom[:, 0].mean()) == sign
+    notebook.plt.close(figure)
+
+
+@pytest.mark.parametrize("predicted", [0, 1, 20])
+@pytest.mark.parametrize("reference", [None, 0, 20])
+def test_an_empty_or_tiny_mask_is_drawn_too(notebook, tmp_path, predicted, reference):
+    scan = np.zeros((40, 80, 60), np.uint8)
+    reference = None if reference is None else ball(reference)
+    figure = notebook.draw_in_3d(scan, ball(predicted), reference, SPACING_MM, "p1")
+    figure.savefig(tmp_path / "p1.png")
+    assert len(figure.subfigs[1].axes) == (2 if reference is None else 3)  # with the scale in mm
+    notebook.plt.close(figure)
+
+
+def test_gray_values_of_a_scan_stand_upright(root):
+    save(root / "a_orig.nii.gz", body_and_liver()[0], axes="PIR")
+    gray = data.read_gray("a_orig.nii.gz")
+    expected = data.to_gray(body_and_liver()[0].transpose(2, 1, 0).astype(np.float32))
+    np.testing.assert_array_equal(gray, expected)
