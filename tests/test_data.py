@@ -76,7 +76,7 @@ def test_the_table_names_patient_slice_liver_and_files(root):
     save_patient(root / "raw/train", "p2", axes="LPI")
     data.main(["--size", "32"])
     slices = data.load_train_data().slices
-    assert list(slices.columns) == ["patient", "slice", "liver", "image", "mask"]
+    assert list(slices.columns) == ["patient", "slice", "family", "liver", "image", "mask"]
     assert slices.patient.tolist() == ["p1"] * 6 + ["p2"] * 6
     assert slices.slice.tolist() == [0, 1, 2, 3, 4, 5] + [5, 4, 3, 2, 1, 0]
     assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] * 2

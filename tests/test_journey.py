@@ -55,7 +55,7 @@ def journey(tmp_path_factory):
     for name in ("data.py", "train.ipynb", "raw/phantom.py"):
         shutil.copy(REPO / name, folder / name)
     run(folder, "raw/phantom.py", "--train", "3", "--test", "2", "--matrix", "64")
-    run(folder, "data.py", "--size", "64")
+    run(folder, "data.py", "--size", "64", "--oblique", "1")
     return folder, execute(folder, EPOCHS=3, FILTERS=4)
 
 
@@ -68,6 +68,17 @@ def test_training_prints_one_line_an_epoch(journey):
     lines = [line for line in printed(journey[1]).splitlines() if line.startswith("epoch ")]
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
     assert all("val_dice" in line for line in lines)
+
+
+def test_validation_is_on_axial_slices_of_patients_that_are_held_out(journey):
+    folder, notebook = journey
+    said = next(line for line in printed(notebook).splitlines() if " to validate: " in line)
+    slices = pd.read_csv(folder / "slices_train.csv")
+    (held,) = ast.literal_eval(said.split(": ")[1])
+    to_train = (slices.patient != held).sum()
+    to_validate = ((slices.patient == held) & (slices.family == 0)).sum()
+    assert said.startswith(f"{to_train} slices to train on, {to_validate} to validate")
+    assert slices.family.max() == 1
 
 
 def test_each_test_slice_has_an_upright_picture_of_its_own(journey):

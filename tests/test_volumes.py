@@ -402,3 +402,111 @@ def test_gray_values_of_a_scan_stand_upright(root):
     gray = data.read_gray("a_orig.nii.gz")
     expected = data.to_gray(body_and_liver()[0].transpose(2, 1, 0).astype(np.float32))
     np.testing.assert_array_equal(gray, expected)
+
+
+def save_slope(root, shape=(40, 48, 30), affine=None, axes="LPS"):
+    """Write a patient whose HU are -160 + x + 2 y + 3 z mm to the left, back and head.
+
+    Counted from the first voxel; the liver is the voxels within 12 mm of the middle.
+    """
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0]) if affine is None else affine
+    x, y, z = (np.indices(shape).T * np.abs(np.diag(affine)[:3])).T
+    middle_mm = (np.array(shape) - 1) / 2 * np.abs(np.diag(affine)[:3])
+    liver = sum((a - m) ** 2 for a, m in zip((x, y, z), middle_mm, strict=True)) < 12**2
+    slope = np.rint(-160 + x + 2 * y + 3 * z).astype(np.int16)
+    save(root / "raw/train/p1_orig.nii.gz", slope, affine, axes)
+    save(root / "raw/train/p1_liver.nii.gz", liver, affine, axes, np.uint8)
+
+
+def lean(family):
+    """Return the family's axis, rows and columns in mm along the patient's L, P and S."""
+    cos, sin = np.cos(np.pi / 9), np.sin(np.pi / 9)
+    return {
+        1: ([0, sin, cos], [0, cos, -sin], [1, 0, 0]),  # towards the back
+        2: ([sin, 0, cos], [0, 1, 0], [cos, 0, -sin]),  # towards the left
+        3: ([0, -sin, cos], [0, cos, sin], [1, 0, 0]),
+        4: ([-sin, 0, cos], [0, 1, 0], [cos, 0, sin]),
+    }[family]
+
+
+@pytest.mark.parametrize("family", [1, 2, 3, 4])
+@pytest.mark.parametrize("spacing_mm", [(1, 1, 2), (0.5, 1.5, 3)])
+def test_tilted_slices_hold_what_lies_there_in_mm(root, family, spacing_mm):
+    save_slope(root, (48, 16 * 3, 30), np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1]))
+    image = nib.load(root / "raw/train/p1_orig.nii.gz")
+    raw = np.asarray(image.dataobj)
+    slices = list(data.cut(raw, image, [family], outside=-1000))
+    numbers = data.slice_numbers(image, family)
+    assert len(slices) == len(numbers) > 20
+    upwards, back, left = (np.array(axis) for axis in lean(family))
+    sides_mm = np.array(raw.shape) - 1
+    for number, pixels in zip(numbers, slices, strict=True):
+        row, column = np.indices(pixels.shape).astype(float)[..., None] - 23.5
+        offset_mm = (number - 14.5) * spacing_mm[2] * upwards
+        place_mm = offset_mm + row * spacing_mm[1] * back + column * spacing_mm[0] * left
+        voxel = place_mm / spacing_mm + sides_mm / 2
+        expected = -160 + (voxel * spacing_mm) @ [1, 2, 3]
+        inside = ((voxel >= 0) & (voxel <= sides_mm)).all(axis=-1)
+        assert np.abs(pixels - expected)[inside].max() < 1  # HU are stored rounded
+        assert (pixels[((voxel < -0.5) | (voxel > sides_mm + 0.5)).any(axis=-1)] == -1000).all()
+
+
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_every_storage_order_gives_the_same_tilted_slices(root, axes):
+    found = []
+    for stored in ("LPS", axes):
+        save_slope(root, axes=stored)
+        data.main(["--size", "32", "--oblique", "2"])
+        imgs, masks, slices = data.load_train_data()
+        tilted = slices.family > 0
+        assert slices.family.unique().tolist() == [0, 1, 2]
+        found.append((imgs[tilted].copy(), masks[tilted].copy()))
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    np.testing.assert_allclose(found[0][0].astype(int), found[1][0], atol=1)
+
+
+def test_tilted_slices_of_a_ball_hold_the_same_ball(root):
+    save_slope(root)
+    data.main(["--size", "48", "--oblique", "4"])
+    _, masks, slices = data.load_train_data()
+    assert set(np.unique(masks)) == {0, 1}
+    volumes = masks.sum(axis=(1, 2)).astype(int)
+    for family in range(1, 5):
+        ml = volumes[slices.family == family].sum()
+        assert ml == pytest.approx(volumes[slices.family == 0].sum(), rel=0.03)
+    middle = slices[(slices.slice == 15) & (slices.liver == 1)]
+    assert sorted(middle.family) == [0, 1, 2, 3, 4]
+    places = np.array([np.argwhere(masks[n]).mean(axis=0) for n in middle.index])
+    np.testing.assert_allclose(places, 23.5, atol=1)  # the middle stays in the middle
+
+
+def test_only_training_scans_are_cut_obliquely_and_the_table_says_so(root, capsys):
+    save_slope(root)
+    save_patient(root / "raw/test", "t")
+    data.main(["--size", "32", "--oblique", "1"])
+    train, test = data.load_train_data().slices, data.load_test_data().slices
+    oblique = (train.family == 1).sum()
+    assert len(train) == 30 + oblique and (test.family == 0).all()
+    assert train.slice[train.family == 1].is_monotonic_increasing
+    assert f"{oblique} oblique" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ((100, 100, 200), range(5, 195)),  # worked out by hand: the ends leave it at the back
+        ((100, 100, 17), []),  # a plane of 100 mm that leans by 20 degrees takes 34 mm of height
+        ((100, 100, 18), range(18)),
+    ],
+)
+def test_slices_that_leave_the_volume_for_the_larger_part_are_dropped(shape, numbers):
+    image = nib.Nifti1Image(np.zeros(shape, np.int16), np.diag([-1, -1, 1, 1]))
+    for family in (1, 2, 3, 4):
+        assert data.slice_numbers(image, family) == list(numbers)
+
+
+@pytest.mark.parametrize("families", ["-1", "5", "two"])
+def test_a_number_of_families_that_there_is_not_is_refused(root, families, capsys):
+    with pytest.raises(SystemExit):
+        data.main([f"--oblique={families}"])
+    assert "--oblique" in capsys.readouterr().err
