@@ -481,6 +481,52 @@ def restore(stack: np.ndarray, path: Path | str) -> np.ndarray:
     return orientations.apply_orientation(lps, orientation(image.affine, back=True))
 
 
+def slice_view(path: Path | str, size: int, family: int) -> np.ndarray:
+    """Return a tilted stack of a scan as pictures, (slices, size, size) uint8, like imgs_test.npy.
+
+    path : absolute, or from the folder of data.py as in the table of slices
+    """
+    return slice_image(ROOT / path, open_volume(ROOT / path), size, [family])
+
+
+def turn_back(stack: np.ndarray, path: Path | str, family: int) -> np.ndarray:
+    """Return what was predicted for a tilted stack at the places of the axial slices.
+
+    Parameters
+    ----------
+    stack : (tilted slices, size, size) float, 0..1
+        Probabilities in the order of `slice_view`.
+    path : Path or str
+        The scan, absolute or from the folder of data.py; only its header is read.
+    family : int
+        Which of TILTS.
+
+    Returns
+    -------
+    (axial slices, size, size) float32, 0..1
+        Interpolated linearly; NaN where no tilted slice passes.
+    """
+    from scipy import ndimage  # here, because importing it takes as long as slicing a volume
+
+    image, size = open_volume(ROOT / path), stack.shape[1]
+    shape, _ = grid(image)
+    pixels = np.array([[span.start, span.stop - span.start] for span in frame(image, size)])
+    scale = np.append(1, shape[1:] / pixels[:, 1])  # voxels a pixel
+    first = np.append(0, (0.5 - pixels[:, 0]) * scale[1:] - 0.5)  # the voxel at pixel 0
+    matrix, offset = tilt(image, family)
+    back = np.linalg.inv(matrix)
+    start = (back @ (first - offset) - first) / scale
+    start[0] -= slice_numbers(image, family)[0]
+    return ndimage.affine_transform(
+        stack.astype(np.float32),
+        back * scale / scale[:, None],
+        start,
+        output_shape=(shape[0], size, size),
+        order=1,
+        cval=np.nan,
+    )
+
+
 def write_mask(path: Path | str, mask: np.ndarray, source: Path | str) -> None:
     """Write a mask as gzipped NIfTI that any viewer lays over the file it belongs to.
 

@@ -56,7 +56,7 @@ def journey(tmp_path_factory):
         shutil.copy(REPO / name, folder / name)
     run(folder, "raw/phantom.py", "--train", "3", "--test", "2", "--matrix", "64")
     run(folder, "data.py", "--size", "64", "--oblique", "1")
-    return folder, execute(folder, EPOCHS=3, FILTERS=4)
+    return folder, execute(folder, EPOCHS=3, FILTERS=4, VIEWS=1)
 
 
 def test_the_notebook_itself_is_left_as_it_was(journey):
@@ -135,7 +135,7 @@ def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
     for name in ("imgs_train.npy", "masks_train.npy", "slices_train.csv"):
         os.remove(tmp_path / name)
     run(tmp_path, "data.py", "--only", "test", "--size", "64")
-    notebook = execute(tmp_path, WEIGHTS="mine.keras")
+    notebook = execute(tmp_path, WEIGHTS="mine.keras", VIEWS=1)
     assert "epoch 1/" not in printed(notebook)
     table = pd.read_csv(tmp_path / "preds" / "metrics.csv").set_index("patient").dice
     before = pd.read_csv(trained / "preds" / "metrics.csv").set_index("patient").dice

@@ -510,3 +510,79 @@ def test_a_number_of_families_that_there_is_not_is_refused(root, families, capsy
     with pytest.raises(SystemExit):
         data.main([f"--oblique={families}"])
     assert "--oblique" in capsys.readouterr().err
+
+
+SCANS = {
+    "cubes": ((64, 64, 64), [1, 1, 1]),
+    "flat voxels": ((60, 64, 40), [0.8, 0.8, 2.5]),
+    "not square": ((72, 48, 40), [0.7, 1.3, 2]),
+}
+
+
+def save_balls(root, shape, spacing_mm, axes):
+    """Write a scan in raw/test whose liver, two balls that touch, is brighter than the rest."""
+    places_mm = ((np.indices(shape).T - (np.array(shape) - 1) / 2) * spacing_mm).T
+    side_mm = (np.array(shape) * spacing_mm).min()
+    liver = np.zeros(shape, bool)
+    for middle, radius in {(-0.1, -0.1, 0): 0.24, (0.12, 0.05, 0.1): 0.15}.items():
+        apart_mm = places_mm - side_mm * np.reshape(middle, (3, 1, 1, 1))
+        liver |= (apart_mm**2).sum(axis=0) < (radius * side_mm) ** 2
+    affine = np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1])
+    image = np.where(liver, 240, -160)
+    save(root / "raw/test/p1_orig.nii.gz", image, affine, axes, np.int16)
+    save(root / "raw/test/p1_liver.nii.gz", liver, affine, axes, np.uint8)
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RSA", "AIL"])
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("family", [1, 2, 3, 4])
+def test_a_mask_that_is_cut_obliquely_and_turned_back_keeps_a_dice_of_098(root, scan, family, axes):
+    save_balls(root, *SCANS[scan], axes)
+    tilted = data.slice_view("raw/test/p1_orig.nii.gz", 64, family) / 255  # gray 255 is liver
+    view = data.turn_back(tilted, "raw/test/p1_orig.nii.gz", family)
+    back = data.restore(np.nan_to_num(view), "raw/test/p1_orig.nii.gz")
+    assert dice(back, data.read_mask("raw/test/p1_liver.nii.gz")) >= 0.98
+
+
+def test_where_no_tilted_slice_passes_nothing_is_known(root):
+    save_balls(root, *SCANS["cubes"], "LPS")
+    path = "raw/test/p1_orig.nii.gz"
+    view = data.turn_back(np.ones_like(data.slice_view(path, 64, 1)), path, 1)
+    # P mm behind the middle in the last slice, 31.5 mm above it, lies at row P cos - 31.5 sin of a
+    # slice that leans by 20 degrees; those below -31.5 are missed: up to P = -22.1, row 9
+    known = ~np.isnan(view)
+    assert known[32].all()
+    assert not known[-1, :10].any() and known[-1, 10:30].all()
+    assert not known[0, -10:].any() and known[0, -30:-10].all()
+    assert (view[known] == 1).all()
+
+
+class Brightness:
+    """Stands for a network: the probability of liver is the gray value over 255."""
+
+    def predict(self, batches, verbose):
+        return np.concatenate([batches[n][0] for n in range(len(batches))]) / 255
+
+
+def test_views_are_averaged_where_they_pass(notebook, root):
+    save_balls(root, *SCANS["flat voxels"], "LPS")
+    data.main(["--only", "test", "--size", "64"])
+    imgs, _, slices = data.load_test_data()
+    probabilities = np.zeros(imgs.shape, np.float16)  # the axial view found nothing
+    notebook.add_views(Brightness(), probabilities, slices, 4, 10)
+    assert probabilities[19, 25, 25] == pytest.approx(4 / 5, abs=1e-3)  # in the larger ball
+    assert probabilities[19, 60, 60] == 0
+    probabilities[:] = imgs / 255
+    notebook.add_views(Brightness(), probabilities, slices, 4, 10)
+    back = data.restore(probabilities, slices.image[0])
+    assert dice(back, data.read_mask(slices["mask"][0])) >= 0.98
+
+
+def test_a_scan_too_flat_for_tilted_slices_keeps_its_axial_view(notebook, root):
+    save_patient(root / "raw/test", shape=(64, 64, 3))
+    data.main(["--only", "test", "--size", "64"])
+    imgs, _, slices = data.load_test_data()
+    probabilities = (imgs / 255).astype(np.float16)
+    before = probabilities.copy()
+    notebook.add_views(Brightness(), probabilities, slices, 4, 10)
+    np.testing.assert_array_equal(probabilities, before)
