@@ -485,7 +485,10 @@ def slice_view(path: Path | str, size: int, family: int) -> np.ndarray:
     """Return a tilted stack of a scan as pictures, (slices, size, size) uint8, like imgs_test.npy.
 
     path : absolute, or from the folder of data.py as in the table of slices
+    family : which of TILTS; ValueError if it has no such one
     """
+    if not 0 < family < len(TILTS):
+        raise ValueError(f"there is no tilted view {family}: data.py has 1 to {len(TILTS) - 1}")
     return slice_image(ROOT / path, open_volume(ROOT / path), size, [family])
 
 
@@ -726,6 +729,11 @@ def load_data(split: str) -> Slices:
     types = {"patient": str, "liver": "Int8"}
     unknown = {"liver": [""]}  # and no other text means that a value is missing
     slices = pandas.read_csv(paths[2], dtype=types, na_values=unknown, keep_default_na=False)
+    if tuple(slices.columns) != COLUMNS:
+        raise ValueError(
+            f"{named(paths[2])} has the columns {', '.join(slices.columns)}, wanted "
+            f"{', '.join(COLUMNS)}: run `python data.py` again"
+        )
     if not len(imgs) == len(masks) == len(slices):
         raise ValueError(
             f"{named(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "

@@ -538,6 +538,15 @@ def test_loading_before_slicing_says_what_to_run(root):
         data.load_train_data()
 
 
+def test_a_table_of_an_earlier_version_is_refused(root):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    table = (root / "slices_train.csv").read_text().replace("family", "other")
+    (root / "slices_train.csv").write_text(table)
+    with pytest.raises(ValueError, match="slice, other, liver.*, wanted .*: run `python data.py`"):
+        data.load_train_data()
+
+
 def test_arrays_that_do_not_belong_together_are_refused(root):
     save_patient(root / "raw/train")
     data.main(["--size", "32"])

@@ -544,6 +544,13 @@ def test_a_mask_that_is_cut_obliquely_and_turned_back_keeps_a_dice_of_098(root, 
     assert dice(back, data.read_mask("raw/test/p1_liver.nii.gz")) >= 0.98
 
 
+def test_a_view_that_there_is_not_is_refused(root):
+    save_balls(root, *SCANS["cubes"], "LPS")
+    for family in (0, 5):
+        with pytest.raises(ValueError, match=f"no tilted view {family}: data.py has 1 to 4"):
+            data.slice_view("raw/test/p1_orig.nii.gz", 64, family)
+
+
 def test_where_no_tilted_slice_passes_nothing_is_known(root):
     save_balls(root, *SCANS["cubes"], "LPS")
     path = "raw/test/p1_orig.nii.gz"
