@@ -365,22 +365,41 @@ def cut(
 ) -> Iterator[np.ndarray]:
     """Yield the slices, (rows, columns), of families of a volume (x, y, z) on an image's grid.
 
-    Tilted slices are interpolated linearly, one at a time, float32 or for a mask cut at one half;
-    `outside` is the value beyond the volume.
+    Tilted slices are interpolated, float32, or for a mask cut at one half; `outside` is the value
+    beyond the volume.
     """
-    from scipy import ndimage  # here, because importing it takes as long as slicing a volume
-
     stack = upright(volume, image.affine)
     for family in families:
         if family == 0:
             yield from stack
             continue
-        matrix, offset = tilt(image, family)
-        options = {"output_shape": (1, *stack.shape[1:]), "output": np.float32, "order": 1}
         for number in slice_numbers(image, family):
-            first = offset + matrix[:, 0] * number
-            whole = ndimage.affine_transform(stack, matrix, first, cval=outside, **options)[0]
+            whole = tilted_slice(stack, image, family, number, outside)
             yield whole >= 0.5 if stack.dtype == bool else whole
+
+
+def tilted_slice(
+    stack: np.ndarray, image: Nifti, family: int, number: int, outside: float
+) -> np.ndarray:
+    """Return a tilted slice of an upright stack, (rows, columns) float32, by linear interpolation.
+
+    A tilt leaves one axis alone, so each pixel lies between four voxels and not eight, the same
+    way all along that axis: many times faster than scipy's affine_transform.
+    """
+    matrix, offset = tilt(image, family)
+    pair = [0, TILTS[family][0]]  # the axes that turn
+    turned = stack if pair[1] == 1 else stack.transpose(0, 2, 1)  # (slices, along, across)
+    steps = np.stack([np.full(turned.shape[1], number), np.arange(turned.shape[1])])
+    place = matrix[np.ix_(pair, pair)] @ steps + offset[pair][:, None]  # (2, along) in the stack
+    last = np.array(turned.shape[:2])[:, None] - 1
+    below = np.clip(np.floor(place).astype(int), 0, last - 1)
+    upper = (place - below).astype(np.float32)  # weights of the voxels above
+    whole = np.zeros(turned.shape[1:], np.float32)
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        weight = np.prod([w if up else 1 - w for w, up in zip(upper, corner, strict=True)], axis=0)
+        whole += weight[:, None] * turned[below[0] + corner[0], below[1] + corner[1]]
+    whole[((place < 0) | (place > last)).any(axis=0)] = outside
+    return whole if pair[1] == 1 else whole.T
 
 
 def frame(image: Nifti, size: int) -> tuple[slice, slice]:
