@@ -3,15 +3,19 @@
     python data.py                 256 x 256 pixels a slice
     python data.py --size 128      smaller and faster
     python data.py --only test     new scans for a trained model, raw/train may be empty
+    python data.py --oblique 4     four tilted stacks of each training scan as well
 
 It reads `NAME_orig.nii.gz` with `NAME_liver.nii.gz` (or LiTS's `volume-N` with `segmentation-N`,
 `.nii` or `.nii.gz`) from raw/train and raw/test and writes, next to itself and for each split:
 
     imgs_train.npy     (slices, rows, columns) uint8, gray values of the HU window
     masks_train.npy    (slices, rows, columns) uint8, 1 in the liver and 0 elsewhere
-    slices_train.csv   a line a slice: patient, slice index in the file, liver or not, the files
+    slices_train.csv   a line a slice: patient, slice index in the file, family, liver or not, the
+                       files
 
 Slices are axial and upright: the patient's right on the left of the picture, front at the top.
+With --oblique each training scan is cut in addition along axes that lean; family says how, 0 is
+axial, and the slice index then counts along the tilted axis.
 `restore` is the way back, from slices to the voxel grid of the file they came from.
 """
 
@@ -22,7 +26,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -38,12 +42,15 @@ ROOT = Path(__file__).resolve().parent
 SIZE = 256  # pixels a side as in the tutorial; four poolings want a multiple of 16
 WINDOW_HU = (-160.0, 240.0)  # the abdominal soft-tissue window: level 40, width 400
 UPRIGHT = ("L", "P", "S")  # where the columns, rows and slices of a stack count up to
+TILTS = ((1, 0), (1, 20), (2, 20), (1, -20), (2, -20))
+# Slices of family 0, 1, 2, ... follow an axis that leans by so many degrees from the head towards 1
+# the back or 2 the patient's left: they tilt about the scan's left-right or front-back axis.
 MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
 CHUNK = 2**20  # bytes that are unzipped at a time
 PARTNERS = {"orig": "liver", "liver": "orig", "volume": "segmentation", "segmentation": "volume"}
 Nifti = nib.spatialimages.SpatialImage  # Nifti1Image or Nifti2Image
-COLUMNS = ("patient", "slice", "liver", "image", "mask")
+COLUMNS = ("patient", "slice", "family", "liver", "image", "mask")
 NAMES = re.compile(
     r"((?P<name>.+)_(?P<kind>orig|liver)|(?P<lits>volume|segmentation)-(?P<number>\d+))"
     r"\.nii(\.gz)?",
@@ -146,7 +153,8 @@ def find_splits(only: str | None) -> dict[str, list[Patient]]:
     if not found[wanted]:
         raise FileNotFoundError(
             f"raw/{wanted} holds no volumes named NAME_orig.nii or NAME_orig.nii.gz: put CT scans "
-            "there, or run `python raw/phantom.py` for synthetic ones"
+            "there, run `python raw/ircad.py` for 3D-IRCADb-01 or `python raw/phantom.py` for "
+            "synthetic ones"
         )
     if not found["test"]:
         print("raw/test holds no scans: nothing will be segmented or scored")
@@ -308,12 +316,91 @@ def upright(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return lps.transpose(2, 1, 0)  # (slices, rows, columns)
 
 
-def slice_numbers(image: Nifti) -> list[int]:
-    """Return for each slice of the upright stack its index, from 0, in the file."""
-    stored = orientations.io_orientation(image.affine)
-    axis = int(np.flatnonzero(stored[:, 0] == 2)[0])  # the file's axis closest to feet-head
-    numbers = list(range(image.shape[axis]))
-    return numbers if stored[axis, 1] > 0 else numbers[::-1]
+def grid(image: Nifti) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shape of a file's upright stack and its spacing in mm: slices, rows, columns."""
+    axes = np.argsort(orientation(image.affine)[:, 0])[::-1]  # the file's axes along S, P and L
+    return np.array(image.shape)[axes], nib.affines.voxel_sizes(image.affine)[axes]
+
+
+def tilt(image: Nifti, family: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the matrix (3, 3) and offset (3,) that lead from a tilted stack to the upright one.
+
+    They map indices (slice, row, column). The tilted stack has the upright one's shape, spacing and
+    middle, and is turned about it as TILTS says, in mm along the axes of the file.
+    """
+    shape, spacing_mm = grid(image)
+    towards, degrees = TILTS[family]
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turn = np.eye(3)
+    turn[[0, 0, towards, towards], [0, towards, 0, towards]] = cos, -sin, sin, cos
+    matrix = turn * spacing_mm / spacing_mm[:, None]
+    return matrix, (shape - 1) / 2 - matrix @ (shape - 1) / 2
+
+
+def slice_numbers(image: Nifti, family: int = 0) -> list[int]:
+    """Return the numbers, from 0, of a family's slices: in the file, or along the tilted axis.
+
+    They come in the order of the stack, from the feet up. A tilted slice of which half or less lies
+    inside the volume has no number.
+    """
+    shape, _ = grid(image)
+    if family == 0:
+        stored = orientations.io_orientation(image.affine)
+        upwards = stored[stored[:, 0] == 2, 1] > 0  # along the file's axis closest to feet-head
+        return list(range(shape[0]))[:: 1 if upwards else -1]
+    matrix, offset = tilt(image, family)
+    samples = [(np.arange(64) + 0.5) / 64 * n - 0.5 for n in shape[1:]]  # rows and columns
+    places = np.stack(np.meshgrid(np.arange(shape[0]), *samples, indexing="ij"), axis=-1)
+    places = places @ matrix.T + offset  # (slices, 64, 64, 3) in the upright stack
+    inside = ((places >= -0.5) & (places <= shape - 0.5)).all(axis=-1).mean(axis=(1, 2))
+    return np.flatnonzero(inside > 0.5).tolist()
+
+
+def list_slices(image: Nifti, families: Sequence[int]) -> list[tuple[int, int]]:
+    """Return number and family of the slices of families, in the order that `cut` yields them."""
+    return [(number, family) for family in families for number in slice_numbers(image, family)]
+
+
+def cut(
+    volume: np.ndarray, image: Nifti, families: Sequence[int], outside: float
+) -> Iterator[np.ndarray]:
+    """Yield the slices, (rows, columns), of families of a volume (x, y, z) on an image's grid.
+
+    Tilted slices are interpolated, float32, or for a mask cut at one half; `outside` is the value
+    beyond the volume.
+    """
+    stack = upright(volume, image.affine)
+    for family in families:
+        if family == 0:
+            yield from stack
+            continue
+        for number in slice_numbers(image, family):
+            whole = tilted_slice(stack, image, family, number, outside)
+            yield whole >= 0.5 if stack.dtype == bool else whole
+
+
+def tilted_slice(
+    stack: np.ndarray, image: Nifti, family: int, number: int, outside: float
+) -> np.ndarray:
+    """Return a tilted slice of an upright stack, (rows, columns) float32, by linear interpolation.
+
+    A tilt leaves one axis alone, so each pixel lies between four voxels and not eight, the same
+    way all along that axis: many times faster than scipy's affine_transform.
+    """
+    matrix, offset = tilt(image, family)
+    pair = [0, TILTS[family][0]]  # the axes that turn
+    turned = stack if pair[1] == 1 else stack.transpose(0, 2, 1)  # (slices, along, across)
+    steps = np.stack([np.full(turned.shape[1], number), np.arange(turned.shape[1])])
+    place = matrix[np.ix_(pair, pair)] @ steps + offset[pair][:, None]  # (2, along) in the stack
+    last = np.array(turned.shape[:2])[:, None] - 1
+    below = np.clip(np.floor(place).astype(int), 0, last - 1)
+    upper = (place - below).astype(np.float32)  # weights of the voxels above
+    whole = np.zeros(turned.shape[1:], np.float32)
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        weight = np.prod([w if up else 1 - w for w, up in zip(upper, corner, strict=True)], axis=0)
+        whole += weight[:, None] * turned[below[0] + corner[0], below[1] + corner[1]]
+    whole[((place < 0) | (place > last)).any(axis=0)] = outside
+    return whole if pair[1] == 1 else whole.T
 
 
 def frame(image: Nifti, size: int) -> tuple[slice, slice]:
@@ -321,9 +408,8 @@ def frame(image: Nifti, size: int) -> tuple[slice, slice]:
 
     Its longer side in mm fills the picture, the shorter one is centred: proportions are kept.
     """
-    column_axis, row_axis, _ = np.argsort(orientations.io_orientation(image.affine)[:, 0])
-    spacing_mm = nib.affines.voxel_sizes(image.affine)
-    sides_mm = np.array([image.shape[axis] * spacing_mm[axis] for axis in (row_axis, column_axis)])
+    shape, spacing_mm = grid(image)
+    sides_mm = (shape * spacing_mm)[1:]
     pixels = np.maximum(np.rint(sides_mm / sides_mm.max() * size).astype(int), 1)
     return tuple(slice((size - n) // 2, (size - n) // 2 + n) for n in pixels)
 
@@ -343,38 +429,37 @@ def to_gray(hu: np.ndarray) -> np.ndarray:
     return (np.clip((hu - low) * (255 / (high - low)), 0, 255) + 0.5).astype(np.uint8)
 
 
-def to_pictures(
-    volume: np.ndarray, image: Nifti, size: int, to_uint8: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Return a volume (x, y, z) on the grid of an image as pictures, (slices, size, size) uint8.
+def to_pictures(slices: Iterable[np.ndarray], count: int, image: Nifti, size: int) -> np.ndarray:
+    """Return slices (rows, columns) uint8 of an image as pictures, (count, size, size) uint8.
 
-    `to_uint8` turns a whole slice into gray values; the padding is 0 (air, background).
+    The padding is 0 (air, background).
     """
     rows, columns = frame(image, size)
-    stack = upright(volume, image.affine)  # (slices, rows, columns)
-    pictures = np.zeros((len(stack), size, size), np.uint8)
-    for picture, whole in zip(pictures, stack, strict=True):
-        pixels = np.ascontiguousarray(to_uint8(whole))
+    pictures = np.zeros((count, size, size), np.uint8)
+    for picture, whole in zip(pictures, slices, strict=True):
+        pixels = np.ascontiguousarray(whole)
         if pixels.any():
             height, width = rows.stop - rows.start, columns.stop - columns.start
             picture[rows, columns] = resize(pixels, height, width)
     return pictures
 
 
-def slice_image(path: Path, image: Nifti, size: int) -> np.ndarray:
+def slice_image(path: Path, image: Nifti, size: int, families: Sequence[int] = (0,)) -> np.ndarray:
     """Return a CT volume with its header `image` as pictures, (slices, size, size) uint8."""
     raw, slope, inter = read_image(path)
-    return to_pictures(
-        raw, image, size, lambda whole: to_gray(whole.astype(np.float32) * slope + inter)
-    )
+    wholes = cut(raw, image, families, outside=(-1000 - inter) / slope)
+    grays = (to_gray(whole.astype(np.float32) * slope + inter) for whole in wholes)
+    return to_pictures(grays, len(list_slices(image, families)), image, size)
 
 
-def slice_mask(path: Path, image: Nifti, size: int) -> np.ndarray:
+def slice_mask(path: Path, image: Nifti, size: int, families: Sequence[int] = (0,)) -> np.ndarray:
     """Return the liver mask of a CT volume with header `image` as pictures of 0 and 1.
 
     The image's header rules for both, so that rounding in the mask's cannot part them.
     """
-    pictures = to_pictures(read_mask(path), image, size, lambda whole: whole.astype(np.uint8) * 255)
+    wholes = cut(read_mask(path), image, families, outside=0)
+    grays = (whole.astype(np.uint8) * 255 for whole in wholes)
+    pictures = to_pictures(grays, len(list_slices(image, families)), image, size)
     return (pictures >= 128).astype(np.uint8)
 
 
@@ -400,17 +485,138 @@ def restore(stack: np.ndarray, path: Path | str) -> np.ndarray:
         If the number of slices is not the file's.
     """
     image = open_volume(ROOT / path)
-    lps_shape = np.array(image.shape[:3])[np.argsort(orientation(image.affine)[:, 0])]
-    columns, rows, slices = lps_shape
+    (slices, rows, columns), _ = grid(image)
     if len(stack) != slices:
         raise ValueError(f"{path} has {slices} slices but {len(stack)} are to be put back")
     inside = frame(image, stack.shape[1])
     full = np.zeros((slices, rows, columns), np.uint8)
-    for whole, picture in zip(full, stack, strict=True):
-        if picture.any():
+
+    def put_back(whole: np.ndarray, picture: np.ndarray) -> None:
+        if picture.max() >= 0.5:  # interpolation never goes above what it is given
             whole[:] = resize(picture[inside].astype(np.float32), rows, columns) >= 0.5
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # Pillow releases Python's lock
+        list(pool.map(put_back, full, stack))
     lps = full.transpose(2, 1, 0)  # (L, P, S)
     return orientations.apply_orientation(lps, orientation(image.affine, back=True))
+
+
+def slice_view(path: Path | str, size: int, family: int) -> np.ndarray:
+    """Return a tilted stack of a scan as pictures, (slices, size, size) uint8, like imgs_test.npy.
+
+    path : absolute, or from the folder of data.py as in the table of slices
+    family : which of TILTS; ValueError if it has no such one
+    """
+    if not 0 < family < len(TILTS):
+        raise ValueError(f"there is no tilted view {family}: data.py has 1 to {len(TILTS) - 1}")
+    return slice_image(ROOT / path, open_volume(ROOT / path), size, [family])
+
+
+def turn_back(stack: np.ndarray, path: Path | str, family: int) -> np.ndarray:
+    """Return what was predicted for a tilted stack at the places of the axial slices.
+
+    Parameters
+    ----------
+    stack : (tilted slices, size, size) float, 0..1
+        Probabilities in the order of `slice_view`.
+    path : Path or str
+        The scan, absolute or from the folder of data.py; only its header is read.
+    family : int
+        Which of TILTS.
+
+    Returns
+    -------
+    (axial slices, size, size) float32, 0..1
+        Interpolated linearly; NaN where no tilted slice passes.
+    """
+    from scipy import ndimage  # here, because importing it takes as long as slicing a volume
+
+    image, size = open_volume(ROOT / path), stack.shape[1]
+    shape, _ = grid(image)
+    pixels = np.array([[span.start, span.stop - span.start] for span in frame(image, size)])
+    scale = np.append(1, shape[1:] / pixels[:, 1])  # voxels a pixel
+    first = np.append(0, (0.5 - pixels[:, 0]) * scale[1:] - 0.5)  # the voxel at pixel 0
+    matrix, offset = tilt(image, family)
+    back = np.linalg.inv(matrix)
+    start = (back @ (first - offset) - first) / scale
+    start[0] -= slice_numbers(image, family)[0]
+    return ndimage.affine_transform(
+        stack.astype(np.float32),
+        back * scale / scale[:, None],
+        start,
+        output_shape=(shape[0], size, size),
+        order=1,
+        cval=np.nan,
+    )
+
+
+def write_mask(path: Path | str, mask: np.ndarray, source: Path | str) -> None:
+    """Write a mask as gzipped NIfTI that any viewer lays over the file it belongs to.
+
+    The header is the source's: shape, affine with its codes, units. The file appears whole or not
+    at all.
+
+    Parameters
+    ----------
+    path : Path or str
+        Where to, a name that ends with .nii.gz.
+    mask : (x, y, z) uint8 or bool, 0 or 1
+        On the axes of the source, as `restore` returns it.
+    source : Path or str
+        The scan, absolute or from the folder of data.py; only its header is read.
+
+    Raises
+    ------
+    ValueError
+        If the mask does not have the source's shape.
+    """
+    image, path = open_volume(ROOT / source), Path(path)
+    if mask.shape != image.shape[:3]:
+        raise ValueError(
+            f"{source} is {sides(image.shape[:3])} but its mask is {sides(mask.shape)}: make it "
+            "with restore"
+        )
+    header = image.header.copy()
+    header.set_data_dtype(np.uint8)
+    header["cal_min"], header["cal_max"] = 0, 1  # the gray values a viewer starts with
+    header.extensions.clear()  # they describe the scan, sometimes with the patient's name
+    written = type(image)(mask.astype(np.uint8).reshape(image.shape), image.affine, header)
+    part = path.with_name(f".{path.name}")
+    try:
+        with igzip.open(part, "wb", compresslevel=1) as file:
+            written.to_stream(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def stand_up(volume: np.ndarray, path: Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a volume on the grid of a file as `upright` does, and the size of its voxels.
+
+    Parameters
+    ----------
+    volume : (x, y, z) of any type
+        On the axes of the file.
+    path : Path or str
+        The file, absolute or from the folder of data.py; only its header is read.
+
+    Returns
+    -------
+    stack : (slices, rows, columns), a view
+    spacing_mm : (3,) float, from slice to slice, row to row, column to column
+    """
+    image = open_volume(ROOT / path)
+    return upright(volume, image.affine), grid(image)[1]
+
+
+def read_gray(path: Path | str) -> np.ndarray:
+    """Return a CT volume upright, (slices, rows, columns) uint8, WINDOW_HU spread over 0..255.
+
+    path : absolute, or from the folder of data.py as in the table of slices
+    """
+    raw, slope, inter = read_image(ROOT / path)
+    stack, _ = stand_up(raw, path)
+    return np.stack([to_gray(whole.astype(np.float32) * slope + inter) for whole in stack])
 
 
 def create(path: Path, slices: int, size: int) -> None:
@@ -429,17 +635,19 @@ def fill(path: Path, start: int, pictures: np.ndarray) -> None:
         file.write(pictures)
 
 
-def slice_patient(patient: Patient, folder: Path, split: str, start: int, size: int) -> list[tuple]:
+def slice_patient(
+    patient: Patient, folder: Path, split: str, start: int, size: int, families: Sequence[int]
+) -> list[tuple]:
     """Write a patient's pictures into the arrays and return its lines of the slices table.
 
     Raises ValueError if a file cannot be used, or if a training mask is empty.
     """
     image = open_volume(patient.image)
-    numbers = slice_numbers(image)
-    fill(folder / f"imgs_{split}.npy", start, slice_image(patient.image, image, size))
-    liver, mask_name = [""] * len(numbers), ""  # unknown without a mask
+    places = list_slices(image, families)
+    fill(folder / f"imgs_{split}.npy", start, slice_image(patient.image, image, size, families))
+    liver, mask_name = [""] * len(places), ""  # unknown without a mask
     if patient.mask:
-        masks = slice_mask(patient.mask, image, size)
+        masks = slice_mask(patient.mask, image, size, families)
         liver, mask_name = masks.any(axis=(1, 2)).astype(int).tolist(), named(patient.mask)
         if split == "train" and not any(liver):
             raise ValueError(
@@ -448,24 +656,31 @@ def slice_patient(patient: Patient, folder: Path, split: str, start: int, size: 
             )
         fill(folder / f"masks_{split}.npy", start, masks)
     files = named(patient.image), mask_name
-    return [(patient.name, n, has, *files) for n, has in zip(numbers, liver, strict=True)]
+    return [(patient.name, *place, has, *files) for place, has in zip(places, liver, strict=True)]
 
 
-def slice_split(split: str, patients: list[Patient], folder: Path, size: int, workers: int) -> str:
+def slice_split(
+    split: str,
+    patients: list[Patient],
+    folder: Path,
+    size: int,
+    families: Sequence[int],
+    workers: int,
+) -> str:
     """Write the two arrays and the table of a split into a folder, patients in parallel.
 
     Returns a line that says what was written.
     """
     for patient in patients:
         check_headers(patient)
-    counts = [len(slice_numbers(open_volume(patient.image))) for patient in patients]
+    counts = [len(list_slices(open_volume(patient.image), families)) for patient in patients]
     starts = np.cumsum([0, *counts]).tolist()
     for name in ("imgs", "masks"):
         create(folder / f"{name}_{split}.npy", starts[-1], size)
     pool = ThreadPoolExecutor(workers)  # unzipping and resizing release Python's lock
     try:
         jobs = [
-            pool.submit(slice_patient, patient, folder, split, start, size)
+            pool.submit(slice_patient, patient, folder, split, start, size, families)
             for patient, start in zip(patients, starts[:-1], strict=True)
         ]
         for job in tqdm(as_completed(jobs), f"raw/{split}", len(jobs), unit=" volumes"):
@@ -476,9 +691,10 @@ def slice_split(split: str, patients: list[Patient], folder: Path, size: int, wo
     with open(folder / f"slices_{split}.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *lines])
     with_liver = sum(line[COLUMNS.index("liver")] == 1 for line in lines)
+    oblique = sum(line[COLUMNS.index("family")] > 0 for line in lines)
     return (
         f"{split}: {len(patients)} patients, {len(lines)} slices of {size} x {size}, "
-        f"{with_liver} with liver"
+        f"{with_liver} with liver" + (f", {oblique} oblique" if oblique else "")
     )
 
 
@@ -499,8 +715,8 @@ def put_in_place(finished: list[Path]) -> None:
         raise
 
 
-def slice_all(splits: dict[str, list[Patient]], size: int, workers: int) -> list[str]:
-    """Write the arrays and tables of all splits, all or nothing.
+def slice_all(splits: dict[str, list[Patient]], size: int, oblique: int, workers: int) -> list[str]:
+    """Write the arrays and tables of all splits, all or nothing; oblique slices for training only.
 
     They grow in a hidden folder and get their names when all are complete. Returns what was
     written, a line a split.
@@ -510,7 +726,9 @@ def slice_all(splits: dict[str, list[Patient]], size: int, workers: int) -> list
     folder.mkdir()
     try:
         written = [
-            slice_split(split, patients, folder, size, workers)
+            slice_split(
+                split, patients, folder, size, range(1 + oblique * (split == "train")), workers
+            )
             for split, patients in splits.items()
         ]
         put_in_place(sorted(folder.iterdir()))
@@ -531,6 +749,11 @@ def load_data(split: str) -> Slices:
     types = {"patient": str, "liver": "Int8"}
     unknown = {"liver": [""]}  # and no other text means that a value is missing
     slices = pandas.read_csv(paths[2], dtype=types, na_values=unknown, keep_default_na=False)
+    if tuple(slices.columns) != COLUMNS:
+        raise ValueError(
+            f"{named(paths[2])} has the columns {', '.join(slices.columns)}, wanted "
+            f"{', '.join(COLUMNS)}: run `python data.py` again"
+        )
     if not len(imgs) == len(masks) == len(slices):
         raise ValueError(
             f"{named(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
@@ -547,8 +770,9 @@ def load_train_data() -> Slices:
     imgs : (slices, rows, columns) uint8, 0..255 for WINDOW_HU, memory-mapped
     masks : (slices, rows, columns) uint8, 0 or 1, memory-mapped
     slices : pandas.DataFrame, a row a slice
-        patient, slice (index in the file), liver (1, 0, or missing if the patient has no mask),
-        image and mask (paths from the folder of data.py, mask "" if there is none).
+        patient, slice (index in the file, or along a tilted axis), family (0 is axial), liver (1,
+        0, or missing if the patient has no mask), image and mask (paths from the folder of data.py,
+        mask "" if there is none).
 
     Raises
     ------
@@ -583,6 +807,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=multiple_of_16, default=SIZE, help="pixels a side (%(default)s)"
     )
+    parser.add_argument(
+        "--oblique",
+        type=int,
+        choices=range(len(TILTS)),
+        default=0,
+        help="tilted stacks of each training scan beside the axial one (%(default)s)",
+    )
     parser.add_argument("--only", choices=("train", "test"), help="slice this split alone")
     parser.add_argument(
         "--workers", type=positive, default=min(os.cpu_count() or 1, 8), help="volumes at a time"
@@ -596,7 +827,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
         splits = find_splits(options.only)
-        print(*slice_all(splits, options.size, options.workers), sep="\n")
+        print(*slice_all(splits, options.size, options.oblique, options.workers), sep="\n")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
     except KeyboardInterrupt:

@@ -1,13 +1,15 @@
-"""Print the speed and memory of data.py as ratios of things run side by side.
+"""Print the speed and memory of data.py and of the export as ratios of things run side by side.
 
     python tests/benchmark.py --volumes 8 --repeats 5
 
 Volumes are synthetic, 512 x 512 x 130 int16 with a mask, gzipped as scanners' NIfTI files are.
-Each figure is the median of whole processes, imports included, that take turns.
+Each figure is the median of whole processes, imports included, that take turns. The export of
+a large scan is measured in this process and compared with its prediction by the default U-net.
 """
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -19,11 +21,13 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 from scipy.ndimage import gaussian_filter
 
 REPO = Path(__file__).resolve().parents[1]
 SHAPE = (512, 512, 130)
 AFFINE = np.diag([-0.7, 0.7, 2.0, 1.0])
+LARGE = (512, 512, 260)  # the largest scan of 3D-IRCADb-01
 
 PLAIN_NIBABEL = """
 import sys
@@ -91,6 +95,11 @@ def run(command: list[str], folder: Path) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
+def peak_mib() -> float:
+    """Return this process's peak resident memory in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def workplace(folder: Path, volumes: int) -> Path:
     """Return a folder with data.py and a number of patients in raw/train.
 
@@ -129,6 +138,46 @@ def compare_times(folder: Path, workers: int, repeats: int) -> None:
         )
 
 
+def write_prediction(folder: Path) -> None:
+    """Write a large scan and the probabilities of a liver of 1.6 litres with ragged outlines."""
+    scan = nib.Nifti1Image(np.zeros(LARGE, np.int16), np.diag([-0.7, 0.7, 1.0, 1.0]))
+    nib.save(scan, folder / "scan_orig.nii")
+    noise = gaussian_filter(np.random.default_rng(0).standard_normal((LARGE[2], 256, 256)), 3)
+    z, y, x = np.ogrid[-1 : 1 : LARGE[2] * 1j, -1:1:256j, -1:1:256j]
+    ball = 0.1 - ((x + 0.3) / 1.2) ** 2 - (y + 0.1) ** 2 - (z / 2) ** 2
+    probabilities = 1 / (1 + np.exp(-np.clip(30 * ball + 60 * noise, -9, 9)))
+    np.save(folder / "probabilities.npy", probabilities.astype(np.float16))
+
+
+def measure_export(folder: Path, repeats: int) -> None:
+    """Print the time of exporting a large scan over that of its prediction, and its memory."""
+    with ProcessPoolExecutor(1) as pool:  # this one's peak memory is to be the export's
+        pool.submit(write_prediction, folder).result()
+    from conftest import load_notebook  # here, because Keras takes seconds and threads to import
+
+    notebook = load_notebook()
+    probabilities = np.load(folder / "probabilities.npy", mmap_mode="r")
+    columns = {"patient": "scan", "image": str(folder / "scan_orig.nii"), "mask": ""}
+    slices = pd.DataFrame(columns, range(LARGE[2]))
+    own, exports = peak_mib(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        notebook.export_patients(probabilities, slices, folder, True)
+        exports.append(time.perf_counter() - start)
+    export, more = statistics.median(exports), peak_mib() - own
+    network = notebook.unet(256, 32, 128.0, 64.0)
+    model = notebook.in_precision(network, notebook.choose_precision("auto"))
+    batches = notebook.Batches(np.zeros((40, 256, 256), np.uint8), None, range(40), 10)
+    model.predict(batches, verbose=0)  # the first time builds the graph
+    start = time.perf_counter()
+    model.predict(batches, verbose=0)
+    prediction = (time.perf_counter() - start) / 40 * LARGE[2]
+    print(
+        f"export of {LARGE}: median {export:.2f} s, {export / prediction:.3f} times its prediction "
+        f"in {model.layers[1].dtype_policy.name}, {more:.0f} MiB over the process's own"
+    )
+
+
 def main() -> None:
     """Compare times on some volumes and peak memory on 2 and on 16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -144,6 +193,7 @@ def main() -> None:
             folder = workplace(Path(temporary) / f"{volumes}", volumes)
             command = [sys.executable, "data.py", "--workers", str(options.workers)]
             print(f"peak memory with {volumes} volumes: {run(command, folder)[1]:.0f} MiB")
+        measure_export(Path(temporary), options.repeats)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def notebook():
+def load_notebook():
     """Return a module with the notebook's imports, functions and classes, and nothing else.
 
     A function that leans on a variable of another cell fails with NameError.
@@ -41,6 +40,12 @@ def notebook():
             tree.body = [node for node in tree.body if isinstance(node, kept)]
             exec(compile(tree, "train.ipynb", "exec"), module.__dict__)
     return module
+
+
+@pytest.fixture(scope="session")
+def notebook():
+    """Return the notebook's functions."""
+    return load_notebook()
 
 
 def body_and_liver(shape=(32, 32, 6)):

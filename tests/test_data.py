@@ -76,7 +76,7 @@ def test_the_table_names_patient_slice_liver_and_files(root):
     save_patient(root / "raw/train", "p2", axes="LPI")
     data.main(["--size", "32"])
     slices = data.load_train_data().slices
-    assert list(slices.columns) == ["patient", "slice", "liver", "image", "mask"]
+    assert list(slices.columns) == ["patient", "slice", "family", "liver", "image", "mask"]
     assert slices.patient.tolist() == ["p1"] * 6 + ["p2"] * 6
     assert slices.slice.tolist() == [0, 1, 2, 3, 4, 5] + [5, 4, 3, 2, 1, 0]
     assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] * 2
@@ -535,6 +535,15 @@ def test_a_number_of_workers_that_cannot_be_is_refused(root, workers, capsys):
 
 def test_loading_before_slicing_says_what_to_run(root):
     with pytest.raises(FileNotFoundError, match=r"imgs_train.npy is missing: run `python data.py`"):
+        data.load_train_data()
+
+
+def test_a_table_of_an_earlier_version_is_refused(root):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    table = (root / "slices_train.csv").read_text().replace("family", "other")
+    (root / "slices_train.csv").write_text(table)
+    with pytest.raises(ValueError, match="slice, other, liver.*, wanted .*: run `python data.py`"):
         data.load_train_data()
 
 

@@ -9,6 +9,7 @@ import sys
 
 import keras
 import nbformat
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,8 +55,8 @@ def journey(tmp_path_factory):
     for name in ("data.py", "train.ipynb", "raw/phantom.py"):
         shutil.copy(REPO / name, folder / name)
     run(folder, "raw/phantom.py", "--train", "3", "--test", "2", "--matrix", "64")
-    run(folder, "data.py", "--size", "64")
-    return folder, execute(folder, EPOCHS=3, FILTERS=4)
+    run(folder, "data.py", "--size", "64", "--oblique", "1")
+    return folder, execute(folder, EPOCHS=3, FILTERS=4, VIEWS=1)
 
 
 def test_the_notebook_itself_is_left_as_it_was(journey):
@@ -69,6 +70,17 @@ def test_training_prints_one_line_an_epoch(journey):
     assert all("val_dice" in line for line in lines)
 
 
+def test_validation_is_on_axial_slices_of_patients_that_are_held_out(journey):
+    folder, notebook = journey
+    said = next(line for line in printed(notebook).splitlines() if " to validate: " in line)
+    slices = pd.read_csv(folder / "slices_train.csv")
+    (held,) = ast.literal_eval(said.split(": ")[1])
+    to_train = (slices.patient != held).sum()
+    to_validate = ((slices.patient == held) & (slices.family == 0)).sum()
+    assert said.startswith(f"{to_train} slices to train on, {to_validate} to validate")
+    assert slices.family.max() == 1
+
+
 def test_each_test_slice_has_an_upright_picture_of_its_own(journey):
     folder, _ = journey
     slices = pd.read_csv(folder / "slices_test.csv")
@@ -78,15 +90,25 @@ def test_each_test_slice_has_an_upright_picture_of_its_own(journey):
         picture = imread(folder / "preds" / patient / pictures[len(pictures) // 2])
         assert picture.shape == (512, 512, 3) and picture.any()
         assert imread(folder / "preds" / f"{patient}.png").any()
+        assert imread(folder / "preds" / f"{patient}_3d.png").any()
 
 
 def test_the_table_scores_each_patient_and_gives_mean_and_worst(journey):
-    table = pd.read_csv(journey[0] / "preds" / "dice.csv").set_index("patient").dice
+    table = pd.read_csv(journey[0] / "preds" / "metrics.csv").set_index("patient").dice
     patients = table.drop(["mean", "worst"])
     assert list(patients.index) == ["phantom_04", "phantom_05"]
     assert patients.between(0, 1).all()
     assert table["mean"] == pytest.approx(patients.mean(), abs=1e-4)
     assert table["worst"] == patients.min()
+
+
+def test_each_patient_is_kept_as_a_volume_over_its_scan(journey):
+    folder, _ = journey
+    for patient in ("phantom_04", "phantom_05"):
+        scan = nib.load(folder / "raw" / "test" / f"{patient}_orig.nii.gz")
+        liver = nib.load(folder / "preds" / f"{patient}_liver.nii.gz")
+        assert liver.shape == scan.shape and liver.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(liver.affine, scan.affine)
 
 
 def test_dice_per_epoch_is_plotted_and_kept(journey):
@@ -113,13 +135,14 @@ def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
     for name in ("imgs_train.npy", "masks_train.npy", "slices_train.csv"):
         os.remove(tmp_path / name)
     run(tmp_path, "data.py", "--only", "test", "--size", "64")
-    notebook = execute(tmp_path, WEIGHTS="mine.keras")
+    notebook = execute(tmp_path, WEIGHTS="mine.keras", VIEWS=1)
     assert "epoch 1/" not in printed(notebook)
-    table = pd.read_csv(tmp_path / "preds" / "dice.csv").set_index("patient").dice
-    before = pd.read_csv(trained / "preds" / "dice.csv").set_index("patient").dice
+    table = pd.read_csv(tmp_path / "preds" / "metrics.csv").set_index("patient").dice
+    before = pd.read_csv(trained / "preds" / "metrics.csv").set_index("patient").dice
     assert np.isnan(table["phantom_04"])
     assert table["phantom_05"] == pytest.approx(before["phantom_05"], abs=1e-3)
     assert len(list((tmp_path / "preds" / "phantom_04").iterdir())) > 10
+    assert (tmp_path / "preds" / "phantom_04_liver.nii.gz").exists()
     assert not (tmp_path / "preds" / "unet.keras").exists()
 
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPO, body_and_liver, save
+from conftest import REPO
 from keras import ops
 from skimage.io import imread
 
@@ -422,19 +422,3 @@ def test_predictions_stay_in_line_with_their_slices(notebook, arrays, tmp_path):
     probabilities = notebook.predict_slices(Echo(), arrays[0], groups, 2, tmp_path / "p.npy")
     np.testing.assert_allclose(probabilities[:, 0, 0], np.arange(7) / 10, atol=1e-3)
     assert isinstance(probabilities, np.memmap)
-
-
-def test_patients_are_scored_on_their_own_grid_and_scans_without_mask_are_not(notebook, root):
-    liver = body_and_liver()[1]
-    for name in ("a", "b"):
-        save(root / f"{name}_liver.nii.gz", liver, axes="RSA")
-    table = [("a", "a_liver.nii.gz", "a_liver.nii.gz"), ("b", "b_liver.nii.gz", "")]
-    slices = pd.DataFrame(
-        [row for row in table for _ in range(6)], columns=["patient", "image", "mask"]
-    )
-    upright = liver.transpose(2, 1, 0) * 0.9  # (slices, rows, columns)
-    upright[3:] = 0  # finds one of three slices
-    scores = notebook.score_patients(np.concatenate([upright, upright]), slices)
-    assert scores.patient.tolist() == ["a", "b"] and scores.slices.tolist() == [6, 6]
-    assert scores.dice[0] == pytest.approx(2 * 1 / (1 + 3))
-    assert np.isnan(scores.dice[1])
