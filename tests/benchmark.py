@@ -1,4 +1,4 @@
-"""Print the speed and memory of data.py and of the export as ratios of things run side by side.
+"""Print the speed and memory of data.py, of training and of the export as ratios, side by side.
 
     python tests/benchmark.py --volumes 8 --repeats 5
 
@@ -178,6 +178,42 @@ def measure_export(folder: Path, repeats: int) -> None:
     )
 
 
+def compare_training(repeats: int) -> None:
+    """Print the time of reading and augmenting a batch, and of a whole step, over the tutorial's.
+
+    The tutorial's step is that of its network on slices as they are, in the same precision.
+    """
+    from conftest import load_notebook
+
+    notebook = load_notebook()
+    policy, random = notebook.choose_precision("auto"), np.random.default_rng(0)
+    imgs = random.integers(0, 256, (20, 256, 256), np.uint8)
+    models, batches = {}, {}
+    for ours in (True, False):
+        network = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
+        model = models[ours] = notebook.in_precision(network, policy)
+        model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
+        augment = notebook.augment if ours else None
+        batches[ours] = notebook.Batches(imgs, imgs // 128, range(20), 10, 0, augment)
+        model.train_on_batch(*batches[ours][0])  # the first time builds the graph
+    reading, steps, plain = [], [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        batch = batches[True][0]
+        read = time.perf_counter()
+        models[True].train_on_batch(*batch)
+        step = time.perf_counter()
+        models[False].train_on_batch(*batches[False][0])
+        plain.append(time.perf_counter() - step)
+        reading.append((read - start) / (step - read))
+        steps.append((step - start) / plain[-1])
+    print(
+        f"a training step of ours in {policy} / the tutorial's: median "
+        f"{statistics.median(steps):.2f} ({min(steps):.2f} to {max(steps):.2f}, n = {repeats}), "
+        f"of which reading and augmenting takes {statistics.median(reading):.1%}"
+    )
+
+
 def main() -> None:
     """Compare times on some volumes and peak memory on 2 and on 16."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -194,6 +230,7 @@ def main() -> None:
             command = [sys.executable, "data.py", "--workers", str(options.workers)]
             print(f"peak memory with {volumes} volumes: {run(command, folder)[1]:.0f} MiB")
         measure_export(Path(temporary), options.repeats)
+    compare_training(4 * options.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,257 @@
+"""Measure recipes by whole patients, with data.py and the notebook's own cells.
+
+    python tests/evaluate.py ours repaired --scans ../shared/scans --folder /tmp/runs
+
+trains on the patients of SCANS/train and scores those of SCANS/test. With `--leave-out` it scores
+each patient inside SCANS/train by a training without him, with `--leave-out 3` in three trainings.
+A recipe is the notebook with other parameters, or with a few lines exchanged: RECIPES has them all.
+Every training has a folder of its own with what it printed; a finished one is not run again, so
+the table, printed and written to FOLDER/results.csv, can grow over several calls.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+REPO = Path(__file__).resolve().parents[1]
+ONE_PATIENT = [{"lits_006", "lits_008", "lits_010"}]  # scans of one patient in ../shared/scans
+LAST_SECTION = "## Draw the outlines"  # from here on the notebook draws and scores no more
+
+# Lines of the notebook and what stands there instead.
+DICE_ALONE = {"Adam(rate), dice_and_cross_entropy": "Adam(rate), dice_loss"}
+LAST_FIFTH_OF_SLICES = {
+    "is_held = train.slices.patient.isin(held).to_numpy()": (
+        "is_held = np.arange(len(train.slices)) >= 0.8 * len(train.slices)"
+    )
+}
+NORMALIZE_EACH_CONVOLUTION = {
+    'x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)': (
+        'x = layers.ReLU()(normalized(layers.Conv2D(count, 3, padding="same")(x)))'
+    ),
+    "normalized(layers.MaxPooling2D()(x))": "layers.MaxPooling2D()(x)",
+    "strides=2)(normalized(x))": "strides=2)(x)",
+}
+NO_MOVEMENT = {
+    "random.uniform(-15, 15)": "0 * random.uniform(-15, 15)",
+    "random.uniform(-0.22, 0.22)": "0 * random.uniform(-0.22, 0.22)",
+    "random.uniform(-0.1, 0.1, 2)": "0 * random.uniform(-0.1, 0.1, 2)",
+}
+WIDER_MOVEMENT = {
+    "uniform(-15, 15)": "uniform(-30, 30)",
+    "uniform(-0.22, 0.22)": "uniform(-0.36, 0.36)",
+}
+SAME_LIGHT = {"return grays[move(img)]": "return move(img)"}
+NOISE_TOO = {
+    "    return grays[move(img)]": """
+    noise = random.uniform(0, 15) * random.standard_normal(img.shape, np.float32)
+    img = np.rint(np.clip(grays[move(img)] + noise, 0, 255)).astype(np.uint8)
+    return img"""
+}
+NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the next scan
+    "imgs = self.imgs[numbers]\n": """
+        beside = [np.clip(numbers + step, 0, len(self.imgs) - 1) for step in (-1, 0, 1)]
+        imgs = np.stack([self.imgs[numbers] for numbers in beside], axis=-1)
+""",
+    "return (imgs[..., None],)": "return (imgs,)",
+    "return imgs[..., None], masks": "return imgs, masks",
+    "keras.Input((size, size, 1)": "keras.Input((size, size, 3)",
+}
+AVERAGED_WEIGHTS = {
+    "Adam(rate), ": "Adam(rate, use_ema=True, ema_momentum=0.99), ",
+    "            self.network.set_weights(self.model.get_weights())": """
+            weights = self.model.get_weights()
+            self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
+            self.network.set_weights(self.model.get_weights())
+            self.model.set_weights(weights)""",
+}
+TUTORIAL = {"NORMALIZE": False, "AUGMENT": False, "DECAY": False}
+RECIPES = {  # parameters of the notebook, exchanged lines
+    "ours": ({}, {}),
+    "tutorial": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE | LAST_FIFTH_OF_SLICES),
+    "repaired": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE),
+    "repaired + cross-entropy": (TUTORIAL, {}),
+    "no normalisation": ({"NORMALIZE": False}, {}),
+    "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
+    "no augmentation": ({"AUGMENT": False}, {}),
+    "no movement": ({}, NO_MOVEMENT),
+    "wider movement": ({}, WIDER_MOVEMENT),
+    "same light": ({}, SAME_LIGHT),
+    "noise too": ({}, NOISE_TOO),
+    "constant learning rate": ({"DECAY": False}, {}),
+    "Dice loss alone": ({}, DICE_ALONE),
+    "three slices": ({}, NEIGHBOURS),
+    "averaged weights": ({}, AVERAGED_WEIGHTS),
+    "oblique, same steps": ({"EPOCHS": 7}, {}),  # on 3 times the slices
+    "oblique, same epochs": ({}, {}),
+    "two views": ({"VIEWS": 2}, {}),
+    "four views": ({"VIEWS": 4}, {}),
+}
+SLICING = {  # instead of data.py alone
+    "tutorial": ["slice_as_the_tutorial.py"],
+    "oblique, same steps": ["data.py", "--oblique", "2"],
+    "oblique, same epochs": ["data.py", "--oblique", "2"],
+}
+TRAINED_AS = {"two views": "ours", "four views": "ours"}  # these need no training of their own
+
+# The tutorial's arrays: HU wrap around, every second row and column, training slices with liver.
+TUTORIAL_SLICING = """
+import sys
+import numpy as np
+import data
+
+data.to_gray = lambda hu: hu.astype(np.int16).astype(np.uint8)
+data.resize = lambda a, rows, columns: a[:: a.shape[0] // rows, :: a.shape[1] // columns]
+data.main()
+imgs, masks, slices = data.load_train_data()
+liver = (slices.liver == 1).to_numpy()
+for name, array in {"imgs": np.array(imgs[liver]), "masks": np.array(masks[liver])}.items():
+    np.save(f"{name}_train.npy", array)
+slices[liver].to_csv("slices_train.csv", index=False)
+"""
+
+
+def patient_of(path):
+    """Return the name of a scan: p1 for p1_orig.nii.gz and p1_liver.nii.gz."""
+    return re.sub(r"_(orig|liver)\.nii(\.gz)?$", "", path.name)
+
+
+def group_patients(folder):
+    """Return the scans of a folder, with how many bytes, as lists of those of one patient."""
+    sizes = {patient_of(path): path.stat().st_size for path in folder.glob("*_orig.nii*")}
+    groups = [sizes.keys() & group for group in ONE_PATIENT]
+    alone = [{name} for name in sizes.keys() - set().union(*groups)]
+    groups = [sorted(group) for group in [*groups, *alone] if group]
+    return sorted(groups, key=lambda group: (-sum(sizes[name] for name in group), group)), sizes
+
+
+def split_patients(scans, leave_out):
+    """Return for each training its name and which scans it trains, validates and is tested on.
+
+    leave_out : None to test on SCANS/test, 0 to leave out each patient of SCANS/train in turn,
+        N to leave out one of N parts of about equal size
+    """
+    groups, sizes = group_patients(scans / "train")
+    if leave_out is None:
+        return {"test": (sum(groups, []), [], sum(group_patients(scans / "test")[0], []))}
+    parts = [[] for _ in range(leave_out or len(groups))]
+    for group in groups:
+        min(parts, key=lambda part: sum(sizes[name] for name in sum(part, []))).append(group)
+    folds = {}
+    for part, following in zip(parts, parts[1:] + parts[:1], strict=True):
+        trained = [group for other in parts if other is not part for group in other]
+        tested = sum(part, [])
+        folds[f"without {' '.join(tested)}"] = (sum(trained, []), following[-1], tested)
+    return folds
+
+
+def lay_out(folder, scans, trained, tested):
+    """Fill a folder with data.py and with links to the scans of a training."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for split, names in {"train": trained, "test": tested}.items():
+        (folder / "raw" / split).mkdir(parents=True)
+        for path in scans.glob("*/*.nii*"):
+            if patient_of(path) in names:
+                (folder / "raw" / split / path.name).symlink_to(path.resolve())
+    shutil.copy(REPO / "data.py", folder)
+    (folder / "slice_as_the_tutorial.py").write_text(TUTORIAL_SLICING)
+
+
+def as_script(parameters, exchanged):
+    """Return the notebook's code up to the scores as one script.
+
+    Raises ValueError for a line to exchange that is not in the notebook exactly once.
+    """
+    parts = ["display = print"]
+    for cell in json.loads((REPO / "train.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if source.startswith(LAST_SECTION):
+            break
+        if cell["cell_type"] == "code":
+            parts.append(source)
+        if "parameters" in cell["metadata"].get("tags", []):
+            parts += [f"{name} = {value!r}" for name, value in parameters.items()]
+    script = "\n\n".join(parts)
+    for old, new in exchanged.items():
+        if script.count(old) != 1:
+            raise ValueError(f"{old!r} is {script.count(old)} times in train.ipynb, wanted once")
+        script = script.replace(old, new)
+    return script
+
+
+def train(folder, recipe, size, given):
+    """Slice, train and score in a folder; what is printed goes to its file log."""
+    changed, exchanged = RECIPES[recipe]
+    (folder / "train.py").write_text(as_script({**given, **changed}, exchanged), encoding="utf-8")
+    slicing = SLICING.get(recipe, ["data.py"])
+    environment = os.environ | {"MPLBACKEND": "Agg"}
+    with open(folder / "log", "w") as log:
+        for command in ([*slicing, "--size", size], ["train.py"]):
+            subprocess.run(
+                [sys.executable, *command],
+                **dict(cwd=folder, env=environment, stdout=log, stderr=log, check=True),
+            )
+    for array in folder.rglob("*.npy"):
+        array.unlink()
+
+
+def read_result(folder):
+    """Return a table with a row for each scored patient of a finished training."""
+    scores = pd.read_csv(folder / "preds" / "metrics.csv")
+    history = folder / "preds" / "history.csv"
+    validation = pd.read_csv(history).val_dice if history.exists() else pd.Series([float("nan")])
+    lines = (folder / "log").read_text().replace("\r", "\n")  # progress bars return the carriage
+    seconds = re.findall(r"epoch \d+/.* (\d+) s", lines)
+    return scores[~scores.patient.isin(["mean", "worst"])].assign(
+        best_validation=validation.max(),
+        last_validation=validation.iloc[-1],
+        minutes=sum(map(float, seconds)) / 60,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipes", nargs="+", choices=RECIPES)
+    parser.add_argument("--scans", type=Path, default=REPO.parent / "shared" / "scans")
+    parser.add_argument("--folder", type=Path, required=True, help="where the trainings are kept")
+    parser.add_argument("--leave-out", type=int, nargs="?", const=0, metavar="PARTS")
+    parser.add_argument("--size", default="256", help="of the slices")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_args()
+
+    folds = split_patients(options.scans, options.leave_out)
+    given = {name: json.loads(value) for name, value in options.p}
+
+    def folder_of(recipe: str, seed: int, fold: str) -> Path:
+        name = " ".join([recipe, fold, options.size, str(seed), *sum(options.p, [])])
+        return options.folder.resolve() / re.sub(r"\W+", "_", name)
+
+    results = []
+    todo = [(r, s, f) for r in options.recipes for s in options.seeds for f in folds]
+    for recipe, seed, fold in tqdm(todo, unit=" trainings"):
+        trained, validated, tested = folds[fold]
+        folder = folder_of(recipe, seed, fold)
+        if not (folder / "preds" / "metrics.csv").exists():
+            parameters = {**given, "SEED": seed, "VALIDATION_PATIENTS": validated}
+            if recipe in TRAINED_AS:
+                model = folder_of(TRAINED_AS[recipe], seed, fold) / "preds" / "unet.keras"
+                parameters["WEIGHTS"] = str(model)
+            lay_out(folder, options.scans, trained, tested)
+            train(folder, recipe, options.size, parameters)
+        results.append(read_result(folder).assign(recipe=recipe, seed=seed))
+    table = pd.concat(results, ignore_index=True)
+    table.to_csv(options.folder / "results.csv", index=False, float_format="%.4f")
+    rows = table.groupby(["recipe", "seed"], sort=False)
+    print(rows.dice.agg(["count", "mean", "min"]).join(rows.minutes.sum()).round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()
