@@ -257,10 +257,12 @@ def heights(slices: list[Slice], images: list[Slice]) -> np.ndarray:
 
 
 def check_alike(slices: list[Slice]) -> None:
-    """Raise ValueError unless the slices are of one series, size, orientation and spacing."""
+    """Raise ValueError unless the slices are of one size, orientation and spacing.
+
+    Their SeriesInstanceUIDs are not asked: two series in one folder meet at the same positions.
+    """
     orientations = (vector(one, "ImageOrientationPatient", 6) for one in slices)
     traits = {
-        "series": [one.header.get("SeriesInstanceUID") for one in slices],
         "size": [sides(one.pixels.shape) for one in slices],
         "orientation": [orientation.round(4).tolist() for orientation in orientations],
         "spacing": [vector(one, "PixelSpacing", 2).round(4).tolist() for one in slices],
@@ -270,14 +272,14 @@ def check_alike(slices: list[Slice]) -> None:
             if value != values[0]:
                 raise ValueError(
                     f"{one.path} has the {name} {value} and {slices[0].path.name} {values[0]}, "
-                    f"wanted one series alone: {AGAIN}"
+                    f"wanted one scan alone: {AGAIN}"
                 )
 
 
 def order_slices(slices: list[Slice]) -> list[Slice]:
     """Return the slices of a CT by their position along the normal; names do not count.
 
-    Raises ValueError if they are not one series, or if a position is there twice or is missing.
+    Raises ValueError if they are not one scan, or if a position is there twice or is missing.
     """
     check_alike(slices)
     if len(slices) < 2:

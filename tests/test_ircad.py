@@ -535,7 +535,10 @@ FILE_ERRORS = {
     "a slice missing": (without("image_3"), "image_2 and image_4 lie 4 mm apart"),
     "a single slice": (lambda files: [without(f"_{k}")(files) for k in range(1, 6)], "only slice"),
     "a slice twice": (edited(CT, position=(0, 0, 4)), "lie at the same position"),
-    "two series": (edited(CT, SeriesInstanceUID="1.2.3"), "series 1.2.3"),
+    "two series": (
+        lambda files: files.update({"PATIENT_DICOM/b/image_3": files[CT], CT: files[CT]}),
+        "lie at the same position",
+    ),
     "two orientations": (edited(CT, orientation=(0, 1, 0, 1, 0, 0)), "has the orientation"),
     "two spacings": (edited(CT, spacing=(2, 1)), "has the spacing [2.0, 1.0]"),
     "two sizes": (replaced(CT, SMALL), "has the size 8 x 8"),
