@@ -331,6 +331,21 @@ def test_the_kept_model_loads_without_custom_objects_and_takes_uint8_slices(trai
     assert [file.name for file in path.parent.iterdir()] == ["unet.keras"]
 
 
+def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model_afterwards(notebook, tmp_path):
+    imgs = np.random.default_rng(0).integers(0, 256, (8, 16, 16), np.uint8)
+    masks = (imgs > 128).astype(np.uint8)
+    training = notebook.Batches(imgs, masks, range(4), 2, 0, notebook.augment)
+    validation = notebook.Batches(imgs, masks, range(4, 8), 2)
+    model = notebook.unet(16, 4, 128.0, 64.0)
+    model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
+    keep = notebook.KeepBest(notebook.unet(16, 4, 128.0, 64.0), tmp_path / "unet.keras")
+    fitted = model.fit(training, validation_data=validation, epochs=4, verbose=0, callbacks=[keep])
+    loaded = keras.models.load_model(tmp_path / "unet.keras")
+    predicted = loaded.predict(imgs[4:, ..., None], verbose=0)[..., 0] >= 0.5
+    best = max(fitted.history["val_dice"])
+    assert notebook.dice_score(masks[4:], predicted) == pytest.approx(best, abs=1e-3)
+
+
 def test_two_trainings_with_one_seed_give_the_same_dice(notebook, arrays):
     def train():
         keras.utils.set_random_seed(5)
