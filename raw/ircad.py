@@ -5,10 +5,11 @@
     python raw/ircad.py --test 3 8 14          other test patients: files that are there move
 
 Writes ircad_e01_orig.nii.gz (int16, HU) and ircad_e01_liver.nii.gz (uint8, 0 or 1) and so on, and
-raw/ircad.csv with a line of checks a patient. A patient whose DICOM files do not fit is not
-written; one who only looks odd in the table is, and both make the exit code 1. Stop it when you
-like: files get their names when they are whole, the next run goes on with what is missing, and
-nothing that is there is overwritten (to convert a patient again, delete the two files).
+raw/ircad.csv with a line of checks for each patient. A patient whose DICOM files do not fit is not
+written; one who only looks odd in the table is written; either makes the exit code 1. A tumour in
+the liver that its mask leaves out is added to it, and that is printed. Stop it when you like: files
+get their names when they are whole, the next run goes on with what is missing, and nothing that is
+there is overwritten (to convert a patient again, delete the two files).
 
 `--from` takes the whole zip, zips of patients, or folders unpacked to any depth; zips in zips stay
 packed. Only PATIENT_DICOM and MASKS_DICOM are read, and in them names that begin with a dot,
@@ -56,7 +57,7 @@ anatomical and medical image database", IRCAD, Strasbourg, France, Tech. Rep., 2
 {PAGE}
 """
 AGAIN = "get the data from IRCAD again"
-BY_HAND = f"get it from {PAGE} in a browser or from a colleague, and use --from"
+BY_HAND = f"get it from {PAGE} in a browser, and use --from"
 TRIES = 4  # a download
 PAUSE_S = 2.0  # before the second try; it doubles before each further one
 TIMEOUT_S = (20, 90)  # to connect; between two pieces, since the server zips while it sends
@@ -646,10 +647,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     number = {"type": int, "choices": NUMBERS, "metavar": "N"}
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="a zip or a folder"
+        "--from", dest="source", type=Path, metavar="PATH", help="a zip or folder you have"
     )
     parser.add_argument("--patients", nargs="+", help="these alone (1 to 20)", **number)
-    parser.add_argument("--test", nargs="*", default=TEST, help="go to raw/test (14-20)", **number)
+    parser.add_argument(
+        "--test", nargs="*", default=TEST, help="for raw/test, not 14 to 20", **number
+    )
     parser.add_argument("--url", default=URL, help="where to download from (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the downloads, in raw/.ircad")
     options = parser.parse_args(arguments)
