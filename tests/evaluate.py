@@ -93,13 +93,18 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "oblique, same epochs": ({}, {}),
     "two views": ({"VIEWS": 2}, {}),
     "four views": ({"VIEWS": 4}, {}),
+    "oblique, two views": ({"VIEWS": 2}, {}),
 }
 SLICING = {  # instead of data.py alone
     "tutorial": ["slice_as_the_tutorial.py"],
     "oblique, same steps": ["data.py", "--oblique", "2"],
     "oblique, same epochs": ["data.py", "--oblique", "2"],
 }
-TRAINED_AS = {"two views": "ours", "four views": "ours"}  # these need no training of their own
+TRAINED_AS = {
+    "two views": "ours",
+    "four views": "ours",
+    "oblique, two views": "oblique, same epochs",
+}  # these need no training of their own
 
 # The tutorial's arrays: HU wrap around, every second row and column, training slices with liver.
 TUTORIAL_SLICING = """
