@@ -222,7 +222,8 @@ def read_result(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the docstring
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("recipes", nargs="+", choices=RECIPES)
     parser.add_argument("--scans", type=Path, default=REPO.parent / "shared" / "scans")
     parser.add_argument("--folder", type=Path, required=True, help="where the trainings are kept")
