@@ -222,8 +222,9 @@ def read_result(folder):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter  # keeps the lines of the docstring
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="+", choices=RECIPES)
     parser.add_argument("--scans", type=Path, default=REPO.parent / "shared" / "scans")
     parser.add_argument("--folder", type=Path, required=True, help="where the trainings are kept")

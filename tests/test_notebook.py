@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 
+import evaluate
 import keras
 import numpy as np
 import pandas as pd
@@ -437,3 +438,13 @@ def test_predictions_stay_in_line_with_their_slices(notebook, arrays, tmp_path):
     probabilities = notebook.predict_slices(Echo(), arrays[0], groups, 2, tmp_path / "p.npy")
     np.testing.assert_allclose(probabilities[:, 0, 0], np.arange(7) / 10, atol=1e-3)
     assert isinstance(probabilities, np.memmap)
+
+
+@pytest.mark.parametrize("recipe", evaluate.RECIPES)
+def test_each_recipe_still_fits_the_notebook(recipe):
+    compile(evaluate.as_script(*evaluate.RECIPES[recipe]), recipe, "exec")
+
+
+def test_a_recipe_whose_line_is_gone_is_refused():
+    with pytest.raises(ValueError, match="0 times in train.ipynb, wanted once"):
+        evaluate.as_script({}, {"no such line": ""})
