@@ -256,8 +256,13 @@ def main():
         results.append(read_result(folder).assign(recipe=recipe, seed=seed))
     table = pd.concat(results, ignore_index=True)
     table.to_csv(options.folder / "results.csv", index=False, float_format="%.4f")
-    rows = table.groupby(["recipe", "seed"], sort=False)
-    print(rows.dice.agg(["count", "mean", "min"]).join(rows.minutes.sum()).round(4).to_string())
+    one = {scan: min(group) for group in ONE_PATIENT for scan in group}
+    table["patient"] = table.patient.replace(one)
+    recipe = ["recipe", "seed"]
+    patients = table.groupby([*recipe, "patient"], sort=False).dice.mean()
+    mean = patients.groupby(recipe, sort=False).agg(["count", "mean"])  # of patients
+    worst = table.groupby(recipe, sort=False).dice.min().rename("worst scan")
+    print(mean.join(worst).round(4).to_string())
 
 
 if __name__ == "__main__":
