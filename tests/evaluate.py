@@ -72,12 +72,14 @@ AVERAGED_WEIGHTS = {
             self.network.set_weights(self.model.get_weights())
             self.model.set_weights(weights)""",
 }
-TUTORIAL = {"NORMALIZE": False, "AUGMENT": False, "DECAY": False}
+TUTORIAL = {"BATCH_SIZE": 10, "NORMALIZE": False, "AUGMENT": False, "DECAY": False}
 RECIPES = {  # parameters of the notebook, exchanged lines
     "ours": ({}, {}),
     "tutorial": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE | LAST_FIFTH_OF_SLICES),
     "repaired": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE),
     "repaired + cross-entropy": (TUTORIAL, {}),
+    "batches of 10": ({"BATCH_SIZE": 10}, {}),
+    "batches of 3": ({"BATCH_SIZE": 3}, {}),
     "no normalisation": ({"NORMALIZE": False}, {}),
     "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
     "no augmentation": ({"AUGMENT": False}, {}),
@@ -89,16 +91,18 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "Dice loss alone": ({}, DICE_ALONE),
     "three slices": ({}, NEIGHBOURS),
     "averaged weights": ({}, AVERAGED_WEIGHTS),
+    "slices with liver alone": ({}, {}),
+    "narrower window": ({}, {}),
+    "one pixel spacing": ({}, {}),
     "oblique, same steps": ({"EPOCHS": 7}, {}),  # on 3 times the slices
     "oblique, same epochs": ({}, {}),
     "two views": ({"VIEWS": 2}, {}),
     "four views": ({"VIEWS": 4}, {}),
     "oblique, two views": ({"VIEWS": 2}, {}),
 }
-SLICING = {  # instead of data.py alone
-    "tutorial": ["slice_as_the_tutorial.py"],
-    "oblique, same steps": ["data.py", "--oblique", "2"],
-    "oblique, same epochs": ["data.py", "--oblique", "2"],
+SLICING_OPTIONS = {
+    "oblique, same steps": ["--oblique", "2"],
+    "oblique, same epochs": ["--oblique", "2"],
 }
 TRAINED_AS = {
     "two views": "ours",
@@ -106,14 +110,16 @@ TRAINED_AS = {
     "oblique, two views": "oblique, same epochs",
 }  # these need no training of their own
 
-# The tutorial's arrays: HU wrap around, every second row and column, training slices with liver.
-TUTORIAL_SLICING = """
-import sys
+# Lines of data.py and what stands there instead.
+DATA_LINES = {
+    "narrower window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-100.0, 200.0)"},
+    "one pixel spacing": {"sides_mm / sides_mm.max() *": "sides_mm / max(500, *sides_mm) *"},
+}
+# How a training's slices are made where data.py alone does not make them.
+WITH_LIVER = """
 import numpy as np
 import data
 
-data.to_gray = lambda hu: hu.astype(np.int16).astype(np.uint8)
-data.resize = lambda a, rows, columns: a[:: a.shape[0] // rows, :: a.shape[1] // columns]
 data.main()
 imgs, masks, slices = data.load_train_data()
 liver = (slices.liver == 1).to_numpy()
@@ -121,6 +127,16 @@ for name, array in {"imgs": np.array(imgs[liver]), "masks": np.array(masks[liver
     np.save(f"{name}_train.npy", array)
 slices[liver].to_csv("slices_train.csv", index=False)
 """
+SLICING = {
+    "tutorial": f"""
+import numpy as np
+import data
+
+data.to_gray = lambda hu: hu.astype(np.int16).astype(np.uint8)  # wraps around
+data.resize = lambda a, rows, columns: a[:: a.shape[0] // rows, :: a.shape[1] // columns]
+{WITH_LIVER}""",
+    "slices with liver alone": WITH_LIVER,
+}
 
 
 def patient_of(path):
@@ -141,7 +157,7 @@ def split_patients(scans, leave_out):
     """Return for each training its name and which scans it trains, validates and is tested on.
 
     leave_out : None to test on SCANS/test, 0 to leave out each patient of SCANS/train in turn,
-        N to leave out one of N parts of about equal size
+        N to leave out one of N parts of about equal size; the smallest patient left validates
     """
     groups, sizes = group_patients(scans / "train")
     if leave_out is None:
@@ -150,14 +166,13 @@ def split_patients(scans, leave_out):
     for group in groups:
         min(parts, key=lambda part: sum(sizes[name] for name in sum(part, []))).append(group)
     folds = {}
-    for part, following in zip(parts, parts[1:] + parts[:1], strict=True):
-        trained = [group for other in parts if other is not part for group in other]
-        tested = sum(part, [])
-        folds[f"without {' '.join(tested)}"] = (sum(trained, []), following[-1], tested)
+    for part in parts:
+        trained, tested = [group for group in groups if group not in part], sum(part, [])
+        folds[f"without {' '.join(tested)}"] = (sum(trained, []), trained[-1], tested)
     return folds
 
 
-def lay_out(folder, scans, trained, tested):
+def lay_out(folder, recipe, scans, trained, tested):
     """Fill a folder with data.py and with links to the scans of a training."""
     shutil.rmtree(folder, ignore_errors=True)
     for split, names in {"train": trained, "test": tested}.items():
@@ -165,15 +180,22 @@ def lay_out(folder, scans, trained, tested):
         for path in scans.glob("*/*.nii*"):
             if patient_of(path) in names:
                 (folder / "raw" / split / path.name).symlink_to(path.resolve())
-    shutil.copy(REPO / "data.py", folder)
-    (folder / "slice_as_the_tutorial.py").write_text(TUTORIAL_SLICING)
+    script = (REPO / "data.py").read_text(encoding="utf-8")
+    script = exchange(script, DATA_LINES.get(recipe, {}))
+    (folder / "data.py").write_text(script, encoding="utf-8")
+
+
+def exchange(script, lines):
+    """Return a script with lines exchanged; raises ValueError for one that is not there once."""
+    for old, new in lines.items():
+        if script.count(old) != 1:
+            raise ValueError(f"{old!r} is {script.count(old)} times in the code, wanted once")
+        script = script.replace(old, new)
+    return script
 
 
 def as_script(parameters, exchanged):
-    """Return the notebook's code up to the scores as one script.
-
-    Raises ValueError for a line to exchange that is not in the notebook exactly once.
-    """
+    """Return the notebook's code up to the scores as one script, with lines exchanged."""
     parts = ["display = print"]
     for cell in json.loads((REPO / "train.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -183,22 +205,18 @@ def as_script(parameters, exchanged):
             parts.append(source)
         if "parameters" in cell["metadata"].get("tags", []):
             parts += [f"{name} = {value!r}" for name, value in parameters.items()]
-    script = "\n\n".join(parts)
-    for old, new in exchanged.items():
-        if script.count(old) != 1:
-            raise ValueError(f"{old!r} is {script.count(old)} times in train.ipynb, wanted once")
-        script = script.replace(old, new)
-    return script
+    return exchange("\n\n".join(parts), exchanged)
 
 
 def train(folder, recipe, size, given):
     """Slice, train and score in a folder; what is printed goes to its file log."""
     changed, exchanged = RECIPES[recipe]
     (folder / "train.py").write_text(as_script({**given, **changed}, exchanged), encoding="utf-8")
-    slicing = SLICING.get(recipe, ["data.py"])
+    (folder / "slice.py").write_text(SLICING.get(recipe, "import data\n\ndata.main()"))
+    slicing = ["slice.py", "--size", size, *SLICING_OPTIONS.get(recipe, [])]
     environment = os.environ | {"MPLBACKEND": "Agg"}
     with open(folder / "log", "w") as log:
-        for command in ([*slicing, "--size", size], ["train.py"]):
+        for command in (slicing, ["train.py"]):
             subprocess.run(
                 [sys.executable, *command],
                 **dict(cwd=folder, env=environment, stdout=log, stderr=log, check=True),
@@ -211,7 +229,8 @@ def read_result(folder):
     """Return a table with a row for each scored patient of a finished training."""
     scores = pd.read_csv(folder / "preds" / "metrics.csv")
     history = folder / "preds" / "history.csv"
-    validation = pd.read_csv(history).val_dice if history.exists() else pd.Series([float("nan")])
+    none = pd.Series([float("nan")])
+    validation = pd.read_csv(history).get("val_dice", none) if history.exists() else none
     lines = (folder / "log").read_text().replace("\r", "\n")  # progress bars return the carriage
     seconds = re.findall(r"epoch \d+/.* (\d+) s", lines)
     return scores[~scores.patient.isin(["mean", "worst"])].assign(
@@ -251,7 +270,7 @@ def main():
             if recipe in TRAINED_AS:
                 model = folder_of(TRAINED_AS[recipe], seed, fold) / "preds" / "unet.keras"
                 parameters["WEIGHTS"] = str(model)
-            lay_out(folder, options.scans, trained, tested)
+            lay_out(folder, recipe, options.scans, trained, tested)
             train(folder, recipe, options.size, parameters)
         results.append(read_result(folder).assign(recipe=recipe, seed=seed))
     table = pd.concat(results, ignore_index=True)
