@@ -445,6 +445,12 @@ def test_each_recipe_still_fits_the_notebook(recipe):
     compile(evaluate.as_script(*evaluate.RECIPES[recipe]), recipe, "exec")
 
 
+@pytest.mark.parametrize("recipe", evaluate.DATA_LINES)
+def test_each_recipe_still_fits_data_py(recipe):
+    assert recipe in evaluate.RECIPES
+    evaluate.exchange((REPO / "data.py").read_text(), evaluate.DATA_LINES[recipe])
+
+
 def test_a_recipe_whose_line_is_gone_is_refused():
-    with pytest.raises(ValueError, match="0 times in train.ipynb, wanted once"):
+    with pytest.raises(ValueError, match="0 times in the code, wanted once"):
         evaluate.as_script({}, {"no such line": ""})
