@@ -162,7 +162,7 @@ def measure_export(folder: Path, repeats: int) -> None:
     own, exports = peak_mib(), []
     for _ in range(repeats):
         start = time.perf_counter()
-        notebook.export_patients(probabilities, slices, folder, True)
+        notebook.export_patients(probabilities, slices, folder, 5, True)
         exports.append(time.perf_counter() - start)
     export, more = statistics.median(exports), peak_mib() - own
     network = notebook.unet(256, 32, 128.0, 64.0)

@@ -200,6 +200,39 @@ def test_batches_are_shuffled_alike_by_one_seed_and_not_without(notebook, arrays
     assert order(3) == order(3) != order(4)
 
 
+def test_small_batches_are_the_same_slices_at_half_the_size(notebook):
+    img, mask = np.zeros((1, 32, 32), np.uint8), np.zeros((1, 32, 32), np.uint8)
+    img[0, 8:16, 4:12], mask[0, 8:16, 4:12] = 200, 1
+    batches = notebook.Batches(img, mask, [0], 1)
+    batches.side = 16
+    imgs, masks = batches[0]
+    assert imgs.shape == masks.shape == (1, 16, 16, 1)
+    assert imgs.dtype == np.uint8 and masks.dtype == np.float32
+    expected = np.zeros((16, 16))
+    expected[4:8, 2:6] = 1
+    np.testing.assert_array_equal(masks[0, ..., 0], expected)
+    assert imgs[0, 5, 3, 0] == 200 and imgs[0, 12, 12, 0] == 0
+    batches.side = 32
+    np.testing.assert_array_equal(batches[0][0][0, ..., 0], img[0])
+
+
+def test_a_training_goes_from_half_the_size_to_the_whole(notebook):
+    assert notebook.stages(256, 20, 0.5) == [(128, 0, 10), (256, 10, 20)]
+    assert notebook.stages(128, 15, 0.5) == [(64, 0, 7), (128, 7, 15)]
+    assert notebook.stages(48, 2, 0.5) == [(16, 0, 1), (48, 1, 2)]  # four poolings want 16
+    assert notebook.stages(16, 2, 0.5) == [(16, 0, 1), (16, 1, 2)]
+    assert notebook.stages(256, 1, 0.5) == [(256, 0, 1)]
+    assert notebook.stages(256, 20, 0) == [(256, 0, 20)]
+
+
+def test_the_training_copy_takes_slices_of_any_size_and_the_kept_network_one(notebook):
+    network = notebook.unet(32, 2, 128.0, 64.0)
+    twin = notebook.in_precision(network, "float32")
+    for side in (16, 32):
+        assert twin(np.zeros((1, side, side, 1), np.uint8)).shape == (1, side, side, 1)
+    assert network.input_shape == (None, 32, 32, 1)
+
+
 class Draws:
     """Stands for a random generator: each draw is the next of the given places, 0 low to 1 high."""
 
@@ -316,7 +349,7 @@ def trained(notebook, tmp_path_factory):
     network = notebook.unet(16, 2, 128.0, 64.0)
     model = notebook.in_precision(network, "mixed_bfloat16")
     model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
-    keep = notebook.KeepBest(network, path)
+    keep = notebook.KeepBest(network, path, 2)
     model.fit(batches, validation_data=batches, epochs=2, verbose=0, callbacks=[keep])
     return path, network
 
@@ -339,7 +372,7 @@ def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model_afterwards(n
     validation = notebook.Batches(imgs, masks, range(4, 8), 2)
     model = notebook.unet(16, 4, 128.0, 64.0)
     model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
-    keep = notebook.KeepBest(notebook.unet(16, 4, 128.0, 64.0), tmp_path / "unet.keras")
+    keep = notebook.KeepBest(notebook.unet(16, 4, 128.0, 64.0), tmp_path / "unet.keras", 4)
     fitted = model.fit(training, validation_data=validation, epochs=4, verbose=0, callbacks=[keep])
     loaded = keras.models.load_model(tmp_path / "unet.keras")
     predicted = loaded.predict(imgs[4:, ..., None], verbose=0)[..., 0] >= 0.5

@@ -21,7 +21,7 @@ def export(notebook, root, size, largest_piece=True):
     (root / "preds").mkdir(exist_ok=True)
     data.main(["--only", "test", "--size", str(size)])
     _, masks, slices = data.load_test_data()
-    return notebook.export_patients(masks * np.float16(0.9), slices, "preds", largest_piece)
+    return notebook.export_patients(masks * np.float16(0.9), slices, "preds", 0, largest_piece)
 
 
 @pytest.mark.parametrize("affine", [None, OBLIQUE], ids=["axial", "oblique"])
@@ -147,9 +147,9 @@ def test_the_table_says_what_each_step_does_to_the_dice(notebook, root, axes):
         {"patient": ["a"] * 9, "image": "a_orig.nii.gz", "mask": "a_liver.nii.gz"}
     )
     (root / "preds").mkdir()
-    steps = notebook.export_patients(picture, slices, "preds", False)
+    steps = notebook.export_patients(picture, slices, "preds", 0, False)
     assert list(steps) == ["patient", "as predicted", "cavities filled"]
-    steps = notebook.export_patients(picture, slices, "preds", True).iloc[0]
+    steps = notebook.export_patients(picture, slices, "preds", 0, True).iloc[0]
     # the truth has 125 - 3 = 122 voxels, the prediction one less and three apart
     assert steps["as predicted"] == pytest.approx(2 * 121 / (122 + 124))
     assert steps["largest piece"] == pytest.approx(2 * 121 / (122 + 121))
@@ -158,10 +158,31 @@ def test_the_table_says_what_each_step_does_to_the_dice(notebook, root, axes):
     np.testing.assert_array_equal(written, truth)
 
 
+@pytest.mark.parametrize("axes", ["LPS", "SRA"])
+def test_probabilities_are_smoothed_from_slice_to_slice_in_mm(notebook, root, axes):
+    save(root / "a_orig.nii.gz", body_and_liver((32, 32, 7))[0], axes=axes)  # 2 mm a slice
+    stack = np.zeros((7, 32, 32), np.float16)
+    stack[:, 4:8, 4:8] = 1
+    stack[3, 4:8, 4:8] = 0  # missed in one slice
+    stack[3, 20:24, 20:24] = 1  # found in one slice
+    stack[:2, 12:16, 12:16] = 1  # up to the end of the scan
+    weights = np.exp(-0.5 * (np.arange(-5, 6) * 2 / 3) ** 2)  # of a Gaussian with a sigma of 3 mm
+    centre, second = weights[5] / weights.sum(), weights[6] / weights.sum()
+    assert centre < 0.5 < centre + 2 * second  # so one slice of seven never decides
+    steps = dict(notebook.make_mask(stack, "a_orig.nii.gz", 3, False))
+    assert list(steps) == ["as predicted", "smoothed", "cavities filled"]
+    raw, smooth = (data.stand_up(steps[name], "a_orig.nii.gz")[0] for name in list(steps)[:2])
+    np.testing.assert_array_equal(raw, stack)
+    expected = np.zeros((7, 32, 32))
+    expected[:, 4:8, 4:8] = 1
+    expected[:2, 12:16, 12:16] = 1
+    np.testing.assert_array_equal(smooth, expected)
+
+
 def test_nothing_found_is_exported_too(notebook, root):
     save(root / "a_orig.nii.gz", body_and_liver()[0])
     slices = pd.DataFrame({"patient": ["a"] * 6, "image": "a_orig.nii.gz", "mask": ""})
-    notebook.export_patients(np.zeros((6, 32, 32)), slices, root, True)
+    notebook.export_patients(np.zeros((6, 32, 32)), slices, root, 5, True)
     assert not data.read_mask("a_liver.nii.gz").any()
 
 
@@ -243,7 +264,7 @@ def scored(notebook, root):
     predicted = np.concatenate([masks[:12], masks[:6]])
     predicted[6 + 2] = 0  # p2's first of three slices, 10 x 10 voxels of 1 x 1 x 2 mm each
     (root / "preds").mkdir()
-    notebook.export_patients(predicted, slices, "preds", True)
+    notebook.export_patients(predicted, slices, "preds", 0, True)
     return notebook.score_patients(slices, "preds")
 
 
