@@ -73,13 +73,13 @@ AVERAGED_WEIGHTS = {
             self.model.set_weights(weights)""",
 }
 TUTORIAL = {"BATCH_SIZE": 10, "NORMALIZE": False, "AUGMENT": False, "DECAY": False}
-TUTORIAL |= {"SMALL_SHARE": 0, "SMOOTH_MM": 0}
+TUTORIAL |= {"SMOOTH_MM": 0}
 RECIPES = {  # parameters of the notebook, exchanged lines
     "ours": ({}, {}),
     "tutorial": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE | LAST_FIFTH_OF_SLICES),
     "repaired": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE),
     "repaired + cross-entropy": (TUTORIAL, {}),
-    "whole slices throughout": ({"SMALL_SHARE": 0}, {}),
+    "small slices first": ({"SMALL_SHARE": 0.5}, {}),
     "not smoothed": ({"SMOOTH_MM": 0}, {}),
     "batches of 10": ({"BATCH_SIZE": 10}, {}),
     "batches of 3": ({"BATCH_SIZE": 3}, {}),

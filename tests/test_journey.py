@@ -56,7 +56,7 @@ def journey(tmp_path_factory):
         shutil.copy(REPO / name, folder / name)
     run(folder, "raw/phantom.py", "--train", "3", "--test", "2", "--matrix", "64")
     run(folder, "data.py", "--size", "64", "--oblique", "1")
-    return folder, execute(folder, EPOCHS=3, FILTERS=8, VIEWS=1)
+    return folder, execute(folder, EPOCHS=3, FILTERS=8, VIEWS=1, SMALL_SHARE=0.5)
 
 
 def test_the_notebook_itself_is_left_as_it_was(journey):

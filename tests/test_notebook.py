@@ -57,7 +57,7 @@ def test_the_defaults_are_the_tutorials_where_nothing_better_was_measured():
     assert values["LEARNING_RATE"] == 1e-3
     assert values["FILTERS"] == 32
     assert values["BATCH_SIZE"] == 5  # the tutorial's 10 are half as many steps and learn less
-    assert values["SMALL_SHARE"] == 0.5 and values["SMOOTH_MM"] == 5  # the tutorial has neither
+    assert values["SMALL_SHARE"] == 0 and values["SMOOTH_MM"] == 5  # the tutorial has neither
     assert values["VALIDATION_SHARE"] == 0.1  # of the patients; the tutorial's 0.2 of the slices
 
 
