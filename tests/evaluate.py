@@ -72,8 +72,13 @@ AVERAGED_WEIGHTS = {
             self.network.set_weights(self.model.get_weights())
             self.model.set_weights(weights)""",
 }
-TUTORIAL = {"BATCH_SIZE": 10, "NORMALIZE": False, "AUGMENT": False, "DECAY": False}
-TUTORIAL |= {"SMOOTH_MM": 0}
+TUTORIAL = {
+    "BATCH_SIZE": 10,
+    "NORMALIZE": False,
+    "AUGMENT": False,
+    "DECAY": False,
+    "SMOOTH_MM": 0,
+}
 RECIPES = {  # parameters of the notebook, exchanged lines
     "ours": ({}, {}),
     "tutorial": (TUTORIAL | {"PRECISION": "float32"}, DICE_ALONE | LAST_FIFTH_OF_SLICES),
