@@ -150,21 +150,19 @@ def test_the_loss_of_finding_nothing_has_a_slope_out_of_it(notebook):
     assert nearly_black[0] - nearly_black[1] > 1
 
 
-def test_whole_patients_are_held_out(notebook):
-    names = [f"p{n}" for n in range(10)]
-    held = notebook.hold_out(names, 0.2, [], 0)
-    assert len(held) == 2 and set(held) < set(names)
-    assert held == notebook.hold_out(names[::-1], 0.2, [], 0)
-    assert notebook.hold_out(["a", "b"], 0.2, [], 0) in (["a"], ["b"])
-    assert notebook.hold_out(names, 0.2, ["p7", "p1"], 0) == ["p1", "p7"]
-    assert notebook.hold_out(["a"], 0, [], 0) == []
+def test_the_patients_with_the_fewest_slices_are_held_out_whole(notebook):
+    slices = np.repeat(list("cabd"), [9, 5, 3, 5])  # the patient of each
+    for share, held in {0: [], 0.01: ["b"], 0.25: ["b"], 0.5: ["a", "b"]}.items():
+        assert notebook.hold_out(slices, share, []) == held
+        assert notebook.hold_out(slices[::-1], share, []) == held
+    assert notebook.hold_out(slices, 0.25, ["d", "c"]) == ["c", "d"]
 
 
 def test_a_hold_out_that_cannot_be_is_refused(notebook):
     with pytest.raises(ValueError, match="leaves none to train on"):
-        notebook.hold_out(["a"], 0.2, [], 0)
+        notebook.hold_out(["a"], 0.2, [])
     with pytest.raises(ValueError, match="names \\['x'\\]"):
-        notebook.hold_out(["a", "b"], 0.2, ["x"], 0)
+        notebook.hold_out(["a", "b"], 0.2, ["x"])
 
 
 @pytest.fixture
