@@ -32,12 +32,30 @@ LAST_FIFTH_OF_SLICES = {
         "is_held = np.arange(len(train.slices)) >= 0.8 * len(train.slices)"
     )
 }
-NORMALIZE_EACH_CONVOLUTION = {
-    'x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)': (
-        'x = layers.ReLU()(normalized(layers.Conv2D(count, 3, padding="same")(x)))'
+CONVOLVE_TWICE = """
+        for _ in range(2):
+            x = layers.Conv2D(count, 3, padding="same", use_bias=not normalize)(x)
+            x = layers.BatchNormalization(momentum=0.9)(x) if normalize else x
+            x = layers.ReLU()(x)
+        return x
+"""
+NORMALIZE_AT_POOLINGS = {
+    CONVOLVE_TWICE: """
+        for _ in range(2):
+            x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
+        return x
+""",
+    "layers.MaxPooling2D()(x)": (
+        "layers.BatchNormalization(momentum=0.9)(layers.MaxPooling2D()(x))"
     ),
-    "normalized(layers.MaxPooling2D()(x))": "layers.MaxPooling2D()(x)",
-    "strides=2)(normalized(x))": "strides=2)(x)",
+    "strides=2)(x)": "strides=2)(layers.BatchNormalization(momentum=0.9)(x))",
+}
+NORMALIZE_EVERY_OTHER_CONVOLUTION = {
+    CONVOLVE_TWICE: """
+        x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
+        x = layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
+        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+"""
 }
 NO_MOVEMENT = {
     "random.uniform(-15, 15)": "0 * random.uniform(-15, 15)",
@@ -88,8 +106,10 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "not smoothed": ({"SMOOTH_MM": 0}, {}),
     "batches of 10": ({"BATCH_SIZE": 10}, {}),
     "batches of 3": ({"BATCH_SIZE": 3}, {}),
+    "rate of 3e-3": ({"LEARNING_RATE": 3e-3}, {}),
     "no normalisation": ({"NORMALIZE": False}, {}),
-    "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
+    "normalise at poolings": ({}, NORMALIZE_AT_POOLINGS),
+    "normalise every other convolution": ({}, NORMALIZE_EVERY_OTHER_CONVOLUTION),
     "no augmentation": ({"AUGMENT": False}, {}),
     "no movement": ({}, NO_MOVEMENT),
     "wider movement": ({}, WIDER_MOVEMENT),
