@@ -33,12 +33,19 @@ LAST_FIFTH_OF_SLICES = {
     )
 }
 CONVOLVE_TWICE = """
+        x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
+        x = layers.Conv2D(count, 3, padding="same", use_bias=not normalize)(x)
+        x = layers.BatchNormalization(momentum=0.9)(x) if normalize else x
+        return layers.ReLU()(x)
+"""
+NORMALIZE_EACH_CONVOLUTION = {
+    CONVOLVE_TWICE: """
         for _ in range(2):
-            x = layers.Conv2D(count, 3, padding="same", use_bias=not normalize)(x)
-            x = layers.BatchNormalization(momentum=0.9)(x) if normalize else x
-            x = layers.ReLU()(x)
+            x = layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
         return x
 """
+}
 NORMALIZE_AT_POOLINGS = {
     CONVOLVE_TWICE: """
         for _ in range(2):
@@ -49,13 +56,6 @@ NORMALIZE_AT_POOLINGS = {
         "layers.BatchNormalization(momentum=0.9)(layers.MaxPooling2D()(x))"
     ),
     "strides=2)(x)": "strides=2)(layers.BatchNormalization(momentum=0.9)(x))",
-}
-NORMALIZE_EVERY_OTHER_CONVOLUTION = {
-    CONVOLVE_TWICE: """
-        x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
-        x = layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
-        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
-"""
 }
 NO_MOVEMENT = {
     "random.uniform(-15, 15)": "0 * random.uniform(-15, 15)",
@@ -109,7 +109,7 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "rate of 3e-3": ({"LEARNING_RATE": 3e-3}, {}),
     "no normalisation": ({"NORMALIZE": False}, {}),
     "normalise at poolings": ({}, NORMALIZE_AT_POOLINGS),
-    "normalise every other convolution": ({}, NORMALIZE_EVERY_OTHER_CONVOLUTION),
+    "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
     "no augmentation": ({"AUGMENT": False}, {}),
     "no movement": ({}, NO_MOVEMENT),
     "wider movement": ({}, WIDER_MOVEMENT),
