@@ -208,7 +208,8 @@ def compare_training(repeats: int) -> None:
     for ours, batch_size in {True: 5, False: 10}.items():
         network = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
         model = notebook.in_precision(network, policy)
-        model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
+        optimizer = notebook.Muon(1e-3) if ours else "adam"
+        model.compile(optimizer, notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
         augment = notebook.augment if ours else None
         batches = notebook.Batches(imgs, imgs // 128, range(20), batch_size, 0, augment)
         trainings[ours] = model, batches

@@ -26,7 +26,7 @@ ONE_PATIENT = [{"lits_006", "lits_008", "lits_010"}]  # scans of one patient in 
 LAST_SECTION = "## Draw the outlines"  # from here on the notebook draws and scores no more
 
 # Lines of the notebook and what stands there instead.
-DICE_ALONE = {"Adam(rate), dice_and_cross_entropy": "Adam(rate), dice_loss"}
+DICE_ALONE = {"(optimizer, dice_and_cross_entropy": "(optimizer, dice_loss"}
 LAST_FIFTH_OF_SLICES = {
     "is_held = train.slices.patient.isin(held).to_numpy()": (
         "is_held = np.arange(len(train.slices)) >= 0.8 * len(train.slices)"
@@ -58,21 +58,16 @@ NORMALIZE_AT_POOLINGS = {
     "strides=2)(x)": "strides=2)(layers.BatchNormalization(momentum=0.9)(x))",
 }
 NO_MOVEMENT = {
-    "random.uniform(-15, 15)": "0 * random.uniform(-15, 15)",
-    "random.uniform(-0.22, 0.22)": "0 * random.uniform(-0.22, 0.22)",
+    "random.uniform(-30, 30)": "0 * random.uniform(-30, 30)",
+    "random.uniform(-0.36, 0.36)": "0 * random.uniform(-0.36, 0.36)",
     "random.uniform(-0.1, 0.1, 2)": "0 * random.uniform(-0.1, 0.1, 2)",
 }
-WIDER_MOVEMENT = {
-    "uniform(-15, 15)": "uniform(-30, 30)",
-    "uniform(-0.22, 0.22)": "uniform(-0.36, 0.36)",
+LESS_MOVEMENT = {
+    "uniform(-30, 30)": "uniform(-15, 15)",
+    "uniform(-0.36, 0.36)": "uniform(-0.22, 0.22)",
 }
-SAME_LIGHT = {"return grays[move(img)]": "return move(img)"}
-NOISE_TOO = {
-    "    return grays[move(img)]": """
-    noise = random.uniform(0, 15) * random.standard_normal(img.shape, np.float32)
-    img = np.rint(np.clip(grays[move(img)] + noise, 0, 255)).astype(np.uint8)
-    return img"""
-}
+SAME_LIGHT = {"grays[move(img)] + noise": "move(img) + noise"}
+NO_NOISE = {"grays[move(img)] + noise": "grays[move(img)]"}
 NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the next scan
     "imgs = self.imgs[numbers]\n": """
         beside = [np.clip(numbers + step, 0, len(self.imgs) - 1) for step in (-1, 0, 1)]
@@ -83,7 +78,7 @@ NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the n
     "keras.Input((size, size, 1)": "keras.Input((size, size, 3)",
 }
 AVERAGED_WEIGHTS = {
-    "Adam(rate), ": "Adam(rate, use_ema=True, ema_momentum=0.99), ",
+    "Muon(rate) if": "Muon(rate, use_ema=True, ema_momentum=0.99) if",
     "            self.network.set_weights(self.model.get_weights())": """
             weights = self.model.get_weights()
             self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
@@ -91,7 +86,7 @@ AVERAGED_WEIGHTS = {
             self.model.set_weights(weights)""",
 }
 TUTORIAL = {
-    "BATCH_SIZE": 10,
+    "MUON": False,
     "NORMALIZE": False,
     "AUGMENT": False,
     "DECAY": False,
@@ -104,17 +99,19 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "repaired + cross-entropy": (TUTORIAL, {}),
     "small slices first": ({"SMALL_SHARE": 0.5}, {}),
     "not smoothed": ({"SMOOTH_MM": 0}, {}),
-    "batches of 10": ({"BATCH_SIZE": 10}, {}),
-    "batches of 3": ({"BATCH_SIZE": 3}, {}),
+    "batches of 5": ({"BATCH_SIZE": 5}, {}),
+    "Adam": ({"MUON": False}, {}),
+    "Adam, batches of 5": ({"MUON": False, "BATCH_SIZE": 5}, {}),
     "rate of 3e-3": ({"LEARNING_RATE": 3e-3}, {}),
     "no normalisation": ({"NORMALIZE": False}, {}),
     "normalise at poolings": ({}, NORMALIZE_AT_POOLINGS),
     "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
     "no augmentation": ({"AUGMENT": False}, {}),
     "no movement": ({}, NO_MOVEMENT),
-    "wider movement": ({}, WIDER_MOVEMENT),
+    "less movement": ({}, LESS_MOVEMENT),
     "same light": ({}, SAME_LIGHT),
-    "noise too": ({}, NOISE_TOO),
+    "no noise": ({}, NO_NOISE),
+    "Adam, less movement, no noise": ({"MUON": False}, LESS_MOVEMENT | NO_NOISE),
     "constant learning rate": ({"DECAY": False}, {}),
     "Dice loss alone": ({}, DICE_ALONE),
     "three slices": ({}, NEIGHBOURS),
