@@ -2,6 +2,7 @@
 
 import ast
 import json
+import signal
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,8 @@ SHARED_SCANS = REPO.parent / "shared" / "scans"
 sys.path.insert(0, str(REPO))
 
 import data  # noqa: E402  the repo's root has to be on the path first
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs by &
 
 
 @pytest.fixture

@@ -915,7 +915,6 @@ def test_stopped_in_a_download_it_goes_on_with_what_is_missing(raw, serve, stop)
     shutil.copy(REPO / "raw" / "ircad.py", raw)
     server = serve({1: ["zip"], 2: ["wait", "zip"]})
     options = ["--url", server.url, "--patients", "1", "2"]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run with &
     process = subprocess.Popen(
         [sys.executable, "raw/ircad.py", *options],
         cwd=raw.parent,
