@@ -66,6 +66,13 @@ LESS_MOVEMENT = {
     "uniform(-30, 30)": "uniform(-15, 15)",
     "uniform(-0.36, 0.36)": "uniform(-0.22, 0.22)",
 }
+MORE_LIGHT = {
+    "uniform(-0.25, 0.25)), np.exp(random.uniform(-0.3, 0.3)": (
+        "uniform(-0.4, 0.4)), np.exp(random.uniform(-0.5, 0.5)"
+    ),
+    "random.uniform(-25, 25)": "random.uniform(-40, 40)",
+}
+KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix)"
 SAME_LIGHT = {"grays[move(img)] + noise": "move(img) + noise"}
 NO_NOISE = {"grays[move(img)] + noise": "grays[move(img)]"}
 NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the next scan
@@ -110,8 +117,15 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "no movement": ({}, NO_MOVEMENT),
     "less movement": ({}, LESS_MOVEMENT),
     "same light": ({}, SAME_LIGHT),
+    "more light": ({}, MORE_LIGHT),
     "no noise": ({}, NO_NOISE),
-    "Adam, less movement, no noise": ({"MUON": False}, LESS_MOVEMENT | NO_NOISE),
+    "less movement, no noise": ({}, LESS_MOVEMENT | NO_NOISE),
+    "Adam, less movement, no noise": (
+        {"MUON": False, "BATCH_SIZE": 5},
+        LESS_MOVEMENT | NO_NOISE,
+    ),
+    "steps x 2": ({}, {KERNEL_STEP: f"2 * {KERNEL_STEP}"}),
+    "steps x 0.2": ({}, {KERNEL_STEP: f"0.2 * {KERNEL_STEP}"}),
     "constant learning rate": ({"DECAY": False}, {}),
     "Dice loss alone": ({}, DICE_ALONE),
     "three slices": ({}, NEIGHBOURS),
