@@ -2,9 +2,10 @@
 
     python tests/evaluate.py ours repaired --scans ../shared/scans --folder /tmp/runs
 
-trains on the patients of SCANS/train and scores those of SCANS/test. With `--leave-out` it scores
-each patient inside SCANS/train by a training without him, with `--leave-out 3` in three trainings.
-A recipe is the notebook with other parameters, or with a few lines exchanged: RECIPES has them all.
+trains on the patients of SCANS/train and scores those of SCANS/test, which hold scans as raw/train
+and raw/test do. With `--leave-out` it scores each patient inside SCANS/train by a training without
+him, with `--leave-out 3` in three trainings. A recipe is the notebook with other parameters, or
+with a few lines exchanged, and RECIPES has them all. `--size 128 -p FILTERS 16` makes it quick.
 Every training has a folder of its own with what it printed; a finished one is not run again, so
 the table, printed and written to FOLDER/results.csv, can grow over several calls.
 """
@@ -126,6 +127,7 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     ),
     "steps x 2": ({}, {KERNEL_STEP: f"2 * {KERNEL_STEP}"}),
     "steps x 0.2": ({}, {KERNEL_STEP: f"0.2 * {KERNEL_STEP}"}),
+    "rate x 5 but for kernels": ({"LEARNING_RATE": 5e-3}, {KERNEL_STEP: f"0.2 * {KERNEL_STEP}"}),
     "constant learning rate": ({"DECAY": False}, {}),
     "Dice loss alone": ({}, DICE_ALONE),
     "three slices": ({}, NEIGHBOURS),
