@@ -58,6 +58,20 @@ NORMALIZE_AT_POOLINGS = {
     ),
     "strides=2)(x)": "strides=2)(layers.BatchNormalization(momentum=0.9)(x))",
 }
+NORMALIZE_BELOW_HALF_RESOLUTION = {
+    "use_bias=not normalize)(x)": "use_bias=not (normalize and count > 2 * filters))(x)",
+    "(momentum=0.9)(x) if normalize else x": (
+        "(momentum=0.9)(x) if normalize and count > 2 * filters else x"
+    ),
+}
+HE_INITIALIZER = {  # He et al. 2015, arXiv 1502.01852, instead of Glorot's
+    CONVOLVE_TWICE: """
+        for _ in range(2):
+            x = layers.Conv2D(count, 3, padding="same", kernel_initializer="he_normal")(x)
+            x = layers.ReLU()(x)
+        return x
+"""
+}
 NO_MOVEMENT = {
     "random.uniform(-30, 30)": "0 * random.uniform(-30, 30)",
     "random.uniform(-0.36, 0.36)": "0 * random.uniform(-0.36, 0.36)",
@@ -112,6 +126,8 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "Adam, batches of 5": ({"MUON": False, "BATCH_SIZE": 5}, {}),
     "rate of 3e-3": ({"LEARNING_RATE": 3e-3}, {}),
     "no normalisation": ({"NORMALIZE": False}, {}),
+    "no normalisation, He's kernels": ({"NORMALIZE": False}, HE_INITIALIZER),
+    "normalise below half resolution": ({}, NORMALIZE_BELOW_HALF_RESOLUTION),
     "normalise at poolings": ({}, NORMALIZE_AT_POOLINGS),
     "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
     "no augmentation": ({"AUGMENT": False}, {}),
