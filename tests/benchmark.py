@@ -208,7 +208,7 @@ def compare_training(repeats: int) -> None:
     for ours in (True, False):
         network = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
         model = notebook.in_precision(network, policy)
-        optimizer = notebook.Muon(1e-3) if ours else "adam"
+        optimizer = notebook.Muon(1e-3, model.layers[1].compute_dtype) if ours else "adam"
         model.compile(optimizer, notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
         augment = notebook.augment if ours else None
         batches = notebook.Batches(imgs, imgs // 128, range(20), 10, 0, augment)

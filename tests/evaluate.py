@@ -87,7 +87,7 @@ MORE_LIGHT = {
     ),
     "random.uniform(-25, 25)": "random.uniform(-40, 40)",
 }
-KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix)"
+KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix, self.matrix_dtype)"
 SAME_LIGHT = {"grays[move(img)] + noise": "move(img) + noise"}
 NO_NOISE = {"grays[move(img)] + noise": "grays[move(img)]"}
 NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the next scan
@@ -100,12 +100,15 @@ NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the n
     "keras.Input((size, size, 1)": "keras.Input((size, size, 3)",
 }
 AVERAGED_WEIGHTS = {
-    "Muon(rate) if": "Muon(rate, use_ema=True, ema_momentum=0.99) if",
+    "Muon(rate, matrix_dtype) if": "Muon(rate, matrix_dtype, use_ema=True, ema_momentum=0.99) if",
     "            self.network.set_weights(self.model.get_weights())": """
             weights = self.model.get_weights()
             self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
             self.network.set_weights(self.model.get_weights())
             self.model.set_weights(weights)""",
+}
+WEIGHT_DECAY = {  # by 0.3 % a step at a learning rate of 1e-3
+    "Muon(rate, matrix_dtype) if": "Muon(rate, matrix_dtype, weight_decay=3) if",
 }
 TUTORIAL = {
     "MUON": False,
@@ -129,6 +132,8 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "no normalisation, He's kernels": ({"NORMALIZE": False}, HE_INITIALIZER),
     "normalise below half resolution": ({}, NORMALIZE_BELOW_HALF_RESOLUTION),
     "normalise at poolings": ({}, NORMALIZE_AT_POOLINGS),
+    "normalise at poolings, weight decay": ({}, NORMALIZE_AT_POOLINGS | WEIGHT_DECAY),
+    "no normalisation, weight decay": ({"NORMALIZE": False}, WEIGHT_DECAY),
     "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
     "no augmentation": ({"AUGMENT": False}, {}),
     "no movement": ({}, NO_MOVEMENT),

@@ -339,15 +339,18 @@ def test_the_learning_rate_rises_and_falls_to_zero(notebook):
     assert notebook.learning_rate(1e-3, 100, decay=False) == 1e-3
 
 
-def test_orthogonalizing_keeps_directions_and_evens_out_strengths(notebook):
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-3), ("bfloat16", 0.02)])
+def test_orthogonalizing_keeps_directions_and_evens_out_strengths(notebook, dtype, close):
     random = np.random.default_rng(0)
     left = np.linalg.qr(random.standard_normal((36, 4)))[0]
     right = np.linalg.qr(random.standard_normal((4, 4)))[0]
     uneven = left * [100, 10, 1, 0.5] @ right.T
-    even = ops.convert_to_numpy(notebook.orthogonalize(ops.convert_to_tensor(uneven, "float32")))
+    even = notebook.orthogonalize(ops.convert_to_tensor(uneven, "float32"), dtype)
+    assert keras.backend.standardize_dtype(even.dtype) == "float32"  # as weights are
+    even = ops.convert_to_numpy(even)
     strengths = left.T @ even @ right
     assert np.diag(strengths) == pytest.approx(1, abs=0.35)
-    np.testing.assert_allclose(strengths, np.diag(np.diag(strengths)), atol=1e-3)
+    np.testing.assert_allclose(strengths, np.diag(np.diag(strengths)), atol=close)
     assert not ops.convert_to_numpy(notebook.orthogonalize(ops.zeros((6, 2)))).any()
 
 
