@@ -34,43 +34,23 @@ LAST_FIFTH_OF_SLICES = {
     )
 }
 CONVOLVE_TWICE = """
-        x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
-        x = layers.Conv2D(count, 3, padding="same", use_bias=not normalize)(x)
-        x = layers.BatchNormalization(momentum=0.9)(x) if normalize else x
-        return layers.ReLU()(x)
-"""
-NORMALIZE_EACH_CONVOLUTION = {
-    CONVOLVE_TWICE: """
         for _ in range(2):
-            x = layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
-            x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+            x = layers.Conv2D(count, 3, padding="same", activation="relu", **kernel)(x)
         return x
+"""
+NOT_HELD = {"return options if normalize else {}": "return {}"}
+NORMALIZE_PAIRS = NOT_HELD | {  # of convolutions, by batches: Ioffe and Szegedy 2015, 1502.03167
+    CONVOLVE_TWICE: """
+        x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
+        x = layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
+        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
 """
 }
-NORMALIZE_AT_POOLINGS = {
-    CONVOLVE_TWICE: """
-        for _ in range(2):
-            x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
-        return x
-""",
+NORMALIZE_AT_POOLINGS = NOT_HELD | {
     "layers.MaxPooling2D()(x)": (
         "layers.BatchNormalization(momentum=0.9)(layers.MaxPooling2D()(x))"
     ),
-    "strides=2)(x)": "strides=2)(layers.BatchNormalization(momentum=0.9)(x))",
-}
-NORMALIZE_BELOW_HALF_RESOLUTION = {
-    "use_bias=not normalize)(x)": "use_bias=not (normalize and count > 2 * filters))(x)",
-    "(momentum=0.9)(x) if normalize else x": (
-        "(momentum=0.9)(x) if normalize and count > 2 * filters else x"
-    ),
-}
-HE_INITIALIZER = {  # He et al. 2015, arXiv 1502.01852, instead of Glorot's
-    CONVOLVE_TWICE: """
-        for _ in range(2):
-            x = layers.Conv2D(count, 3, padding="same", kernel_initializer="he_normal")(x)
-            x = layers.ReLU()(x)
-        return x
-"""
+    "**kernel_up)(x)": "**kernel_up)(layers.BatchNormalization(momentum=0.9)(x))",
 }
 NO_MOVEMENT = {
     "random.uniform(-30, 30)": "0 * random.uniform(-30, 30)",
@@ -128,13 +108,11 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "Adam": ({"MUON": False}, {}),
     "Adam, batches of 5": ({"MUON": False, "BATCH_SIZE": 5}, {}),
     "rate of 3e-3": ({"LEARNING_RATE": 3e-3}, {}),
-    "no normalisation": ({"NORMALIZE": False}, {}),
-    "no normalisation, He's kernels": ({"NORMALIZE": False}, HE_INITIALIZER),
-    "normalise below half resolution": ({}, NORMALIZE_BELOW_HALF_RESOLUTION),
-    "normalise at poolings": ({}, NORMALIZE_AT_POOLINGS),
-    "normalise at poolings, weight decay": ({}, NORMALIZE_AT_POOLINGS | WEIGHT_DECAY),
-    "no normalisation, weight decay": ({"NORMALIZE": False}, WEIGHT_DECAY),
-    "normalise each convolution": ({}, NORMALIZE_EACH_CONVOLUTION),
+    "not normalised": ({"NORMALIZE": False}, {}),
+    "not normalised, weight decay": ({"NORMALIZE": False}, WEIGHT_DECAY),
+    "batch normalisation": ({}, NORMALIZE_PAIRS),
+    "batch normalisation at poolings": ({}, NORMALIZE_AT_POOLINGS),
+    "batch normalisation at poolings, weight decay": ({}, NORMALIZE_AT_POOLINGS | WEIGHT_DECAY),
     "no augmentation": ({"AUGMENT": False}, {}),
     "no movement": ({}, NO_MOVEMENT),
     "less movement": ({}, LESS_MOVEMENT),

@@ -81,20 +81,45 @@ def kinds(network):
     return [type(layer).__name__ for layer in network.layers]
 
 
-def test_the_unet_without_batch_normalisation_is_the_tutorials(notebook):
-    network = notebook.unet(256, 32, 0.0, 1.0, normalize=False)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_unet_is_the_tutorials(notebook, normalize):
+    network = notebook.unet(256, 32, 0.0, 1.0, normalize)
     assert network.count_params() == 7_759_521
     assert network.output_shape == (None, 256, 256, 1)
-    assert "BatchNormalization" not in kinds(network)
+    convolutions = [kind for kind in kinds(network) if kind.startswith("Conv2D")]
+    up = ["Conv2DTranspose", "Conv2D", "Conv2D"]
+    assert convolutions == 5 * ["Conv2D", "Conv2D"] + 4 * up + ["Conv2D"]
 
 
-def test_batch_normalisation_follows_the_second_convolution_of_each_pair(notebook):
-    network = notebook.unet(32, 2, 0.0, 1.0)
-    channels = [2, 4, 8, 16, 32, 16, 8, 4, 2]  # down and up again
-    order = [kind for kind in kinds(network) if kind in ("Conv2D", "BatchNormalization", "ReLU")]
-    assert order == ["Conv2D", "Conv2D", "BatchNormalization", "ReLU"] * len(channels) + ["Conv2D"]
-    plain = notebook.unet(32, 2, 0.0, 1.0, normalize=False)
-    assert network.count_params() == plain.count_params() + (4 - 1) * sum(channels)  # no biases
+def norms(network):
+    """Return for each convolution the norms of the weights that lead to each channel."""
+    layers = [layer for layer in network.layers if type(layer).__name__.startswith("Conv2D")]
+    kernels = [ops.convert_to_numpy(layer.kernel) for layer in layers]  # (height, width, in, out)
+    ins = [-1 if "Transpose" in type(layer).__name__ else -2 for layer in layers]  # or out, in
+    return [np.sqrt((k**2).sum(axis=(0, 1, axis))) for k, axis in zip(kernels, ins, strict=True)]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("muon", [True, False])
+def test_kernels_are_held_at_one_norm_in_training(notebook, policy, muon):
+    keras.utils.set_random_seed(0)
+    network = notebook.in_precision(notebook.unet(16, 2, 0.0, 1.0), policy)
+    known = 5 * [2**0.5, 2**0.5] + 4 * [1, 2**0.5, 2**0.5]
+    last = norms(network)[-1]
+    optimizer = notebook.Muon(0.01) if muon else keras.optimizers.Adam(0.01)
+    network.compile(optimizer, notebook.dice_and_cross_entropy)
+    random = np.random.default_rng(0)
+    slices = random.standard_normal((2, 16, 16, 1), np.float32)
+    for _ in range(3):
+        network.train_on_batch(slices, (slices > 0).astype(np.float32))
+    for norm, wanted in zip(norms(network)[:-1], known, strict=True):
+        assert np.allclose(norm, wanted, rtol=1e-5)
+    assert not np.allclose(norms(network)[-1], last, rtol=1e-3)  # is free
+
+
+def test_kernels_are_free_without_normalize(notebook):
+    network = notebook.unet(16, 2, 0.0, 1.0, normalize=False)
+    assert all(getattr(layer, "kernel_constraint", None) is None for layer in network.layers)
 
 
 def test_normalisation_is_inside_the_network(notebook):
@@ -406,19 +431,22 @@ def test_the_kept_model_loads_without_custom_objects_and_takes_uint8_slices(trai
     assert [file.name for file in path.parent.iterdir()] == ["unet.keras"]
 
 
-def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model_afterwards(notebook, tmp_path):
+@pytest.mark.parametrize("keep_last", [True, False])
+def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model(notebook, tmp_path, keep_last):
     imgs = np.random.default_rng(0).integers(0, 256, (8, 16, 16), np.uint8)
     masks = (imgs > 128).astype(np.uint8)
     training = notebook.Batches(imgs, masks, range(4), 2, 0, notebook.augment)
     validation = notebook.Batches(imgs, masks, range(4, 8), 2)
     model = notebook.unet(16, 4, 128.0, 64.0)
     model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
-    keep = notebook.KeepBest(notebook.unet(16, 4, 128.0, 64.0), tmp_path / "unet.keras", 4)
+    network = notebook.unet(16, 4, 128.0, 64.0)
+    keep = notebook.KeepBest(network, tmp_path / "unet.keras", 4, keep_last)
     fitted = model.fit(training, validation_data=validation, epochs=4, verbose=0, callbacks=[keep])
     loaded = keras.models.load_model(tmp_path / "unet.keras")
     predicted = loaded.predict(imgs[4:, ..., None], verbose=0)[..., 0] >= 0.5
-    best = fitted.history["val_dice"][np.argmin(fitted.history["val_loss"])]
-    assert notebook.dice_score(masks[4:], predicted) == pytest.approx(best, abs=1e-3)
+    kept = -1 if keep_last else np.argmin(fitted.history["val_loss"])
+    known = fitted.history["val_dice"][kept]
+    assert notebook.dice_score(masks[4:], predicted) == pytest.approx(known, abs=1e-3)
 
 
 def test_two_trainings_with_one_seed_give_the_same_dice(notebook, arrays):
