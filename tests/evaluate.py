@@ -39,7 +39,7 @@ CONVOLVE_TWICE = """
         return x
 """
 NOT_HELD = {"return options if normalize else {}": "return {}"}
-NORMALIZE_PAIRS = NOT_HELD | {  # of convolutions, by batches: Ioffe and Szegedy 2015, 1502.03167
+NORMALIZE_PAIRS = NOT_HELD | {  # recipe G's: Ioffe and Szegedy 2015, arXiv 1502.03167
     CONVOLVE_TWICE: """
         x = layers.Conv2D(count, 3, padding="same", activation="relu")(x)
         x = layers.Conv2D(count, 3, padding="same", use_bias=False)(x)
