@@ -449,6 +449,17 @@ def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model(notebook, tm
     assert notebook.dice_score(masks[4:], predicted) == pytest.approx(known, abs=1e-3)
 
 
+def test_a_last_epoch_whose_loss_is_no_number_replaces_nothing(notebook, tmp_path):
+    network = notebook.unet(16, 1, 128.0, 64.0)
+    keep = notebook.KeepBest(network, tmp_path / "unet.keras", 2, keep_last=True)
+    keep.set_model(network)
+    keep.on_epoch_begin(0)
+    keep.on_epoch_end(0, {"val_loss": 0.5})
+    kept = (tmp_path / "unet.keras").read_bytes()
+    keep.on_epoch_end(1, {"val_loss": float("nan")})
+    assert (tmp_path / "unet.keras").read_bytes() == kept
+
+
 def test_two_trainings_with_one_seed_give_the_same_dice(notebook, arrays):
     def train():
         keras.utils.set_random_seed(5)
