@@ -61,6 +61,23 @@ LESS_MOVEMENT = {
     "uniform(-30, 30)": "uniform(-15, 15)",
     "uniform(-0.36, 0.36)": "uniform(-0.22, 0.22)",
 }
+STRETCHED = {
+    "    middle = np.full(2, size / 2)": """
+    turn = turn @ np.diag(np.exp(random.uniform(-0.15, 0.15, 2)))
+    middle = np.full(2, size / 2)"""
+}
+SOFT_MASKS = {
+    "(move(mask * np.uint8(255)) >= 128).astype(np.uint8)": (
+        "move(mask * np.uint8(255)) / np.float32(255)"
+    )
+}
+DROPOUT = {  # as in Ronneberger et al. 2015
+    "    x = convolve_twice(x, counts[-1])": (
+        "    x = layers.Dropout(0.5)(convolve_twice(x, counts[-1]))"
+    )
+}
+LEAKY = {'activation="relu"': 'activation="leaky_relu"'}
+RATE_ENDS_HIGHER = {"warmup_steps=rising": "warmup_steps=rising, alpha=0.3"}
 MORE_LIGHT = {
     "uniform(-0.25, 0.25)), np.exp(random.uniform(-0.3, 0.3)": (
         "uniform(-0.4, 0.4)), np.exp(random.uniform(-0.5, 0.5)"
@@ -124,6 +141,13 @@ RECIPES = {  # parameters of the notebook, exchanged lines
         {"MUON": False, "BATCH_SIZE": 5},
         LESS_MOVEMENT | NO_NOISE,
     ),
+    "stretched": ({}, STRETCHED),
+    "soft masks": ({}, SOFT_MASKS),
+    "dropout": ({}, DROPOUT),
+    "leaky ReLU": ({}, LEAKY),
+    "rate ends at 0.3": ({}, RATE_ENDS_HIGHER),
+    "steps x 1.6": ({}, {KERNEL_STEP: f"1.6 * {KERNEL_STEP}"}),
+    "steps x 0.6": ({}, {KERNEL_STEP: f"0.6 * {KERNEL_STEP}"}),
     "steps x 2": ({}, {KERNEL_STEP: f"2 * {KERNEL_STEP}"}),
     "steps x 0.2": ({}, {KERNEL_STEP: f"0.2 * {KERNEL_STEP}"}),
     "rate x 5 but for kernels": ({"LEARNING_RATE": 5e-3}, {KERNEL_STEP: f"0.2 * {KERNEL_STEP}"}),
