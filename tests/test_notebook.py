@@ -415,7 +415,7 @@ def trained(notebook, tmp_path_factory):
     network = notebook.unet(16, 2, 128.0, 64.0)
     model = notebook.in_precision(network, "mixed_bfloat16")
     model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
-    keep = notebook.KeepBest(network, path, 2)
+    keep = notebook.KeepWeights(network, path, 2)
     model.fit(batches, validation_data=batches, epochs=2, verbose=0, callbacks=[keep])
     return path, network
 
@@ -440,7 +440,7 @@ def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model(notebook, tm
     model = notebook.unet(16, 4, 128.0, 64.0)
     model.compile("adam", notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
     network = notebook.unet(16, 4, 128.0, 64.0)
-    keep = notebook.KeepBest(network, tmp_path / "unet.keras", 4, keep_last)
+    keep = notebook.KeepWeights(network, tmp_path / "unet.keras", 4, keep_last)
     fitted = model.fit(training, validation_data=validation, epochs=4, verbose=0, callbacks=[keep])
     loaded = keras.models.load_model(tmp_path / "unet.keras")
     predicted = loaded.predict(imgs[4:, ..., None], verbose=0)[..., 0] >= 0.5
@@ -451,7 +451,7 @@ def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model(notebook, tm
 
 def test_a_last_epoch_whose_loss_is_no_number_replaces_nothing(notebook, tmp_path):
     network = notebook.unet(16, 1, 128.0, 64.0)
-    keep = notebook.KeepBest(network, tmp_path / "unet.keras", 2, keep_last=True)
+    keep = notebook.KeepWeights(network, tmp_path / "unet.keras", 2, keep_last=True)
     keep.set_model(network)
     keep.on_epoch_begin(0)
     keep.on_epoch_end(0, {"val_loss": 0.5})
