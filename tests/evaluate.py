@@ -46,6 +46,10 @@ NORMALIZE_PAIRS = NOT_HELD | {  # recipe G's: Ioffe and Szegedy 2015, arXiv 1502
         return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
 """
 }
+NORMALIZE_SLICES = {  # Ulyanov et al. 2016, arXiv 1607.08022
+    old: new.replace("BatchNormalization(momentum=0.9)", "GroupNormalization(groups=-1)")
+    for old, new in NORMALIZE_PAIRS.items()
+}
 NORMALIZE_AT_POOLINGS = NOT_HELD | {
     "layers.MaxPooling2D()(x)": (
         "layers.BatchNormalization(momentum=0.9)(layers.MaxPooling2D()(x))"
@@ -76,6 +80,19 @@ DROPOUT = {  # as in Ronneberger et al. 2015
         "    x = layers.Dropout(0.5)(convolve_twice(x, counts[-1]))"
     )
 }
+DILATED = {  # as in Yu and Koltun 2016, arXiv 1511.07122: the lowest level sees 268 pixels, not 140
+    "    x = convolve_twice(x, counts[-1])": """
+    for apart in (2, 4):
+        options = {"padding": "same", "activation": "relu", "dilation_rate": apart, **kernel}
+        x = layers.Conv2D(counts[-1], 3, **options)(x)"""
+}
+RESIDUAL = {
+    CONVOLVE_TWICE: """
+        x = layers.Conv2D(count, 3, padding="same", activation="relu", **kernel)(x)
+        y = layers.Conv2D(count, 3, padding="same", activation="relu", **kernel)(x)
+        return layers.Average()([x, y])
+"""
+}
 LEAKY = {'activation="relu"': 'activation="leaky_relu"'}
 RATE_ENDS_HIGHER = {"warmup_steps=rising": "warmup_steps=rising, alpha=0.3"}
 MORE_LIGHT = {
@@ -85,6 +102,18 @@ MORE_LIGHT = {
     "random.uniform(-25, 25)": "random.uniform(-40, 40)",
 }
 KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix, self.matrix_dtype)"
+SPOTS = {  # up to three rectangles of one gray value each, the mask stays
+    "    return noisy, (move(": """
+    for _ in range(random.integers(0, 4)):
+        (row, column), gray = random.integers(0, size, 2), random.integers(0, 256)
+        height, width = random.integers(size // 32, size // 6, 2)
+        noisy[row : row + height, column : column + width] = gray
+    return noisy, (move("""
+}
+AS_THEY_ARE_AT_THE_END = {
+    "        if self.augment:\n": "        if self.augment and self.epoch <= EPOCHS - 3:\n"
+}
+CROSS_ENTROPY = "ops.mean(ops.binary_crossentropy(y_true, y_pred))"
 SAME_LIGHT = {"grays[move(img)] + noise": "move(img) + noise"}
 NO_NOISE = {"grays[move(img)] + noise": "grays[move(img)]"}
 NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the next scan
@@ -145,6 +174,13 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "soft masks": ({}, SOFT_MASKS),
     "dropout": ({}, DROPOUT),
     "leaky ReLU": ({}, LEAKY),
+    "dilated": ({}, DILATED),
+    "residual": ({}, RESIDUAL),
+    "instance normalisation": ({}, NORMALIZE_SLICES),
+    "spots": ({}, SPOTS),
+    "not augmented at the end": ({}, AS_THEY_ARE_AT_THE_END),
+    "cross-entropy x 3": ({}, {CROSS_ENTROPY: f"3 * {CROSS_ENTROPY}"}),
+    "no patient held out": ({"VALIDATION_SHARE": 0, "VALIDATION_PATIENTS": []}, {}),
     "rate ends at 0.3": ({}, RATE_ENDS_HIGHER),
     "steps x 1.6": ({}, {KERNEL_STEP: f"1.6 * {KERNEL_STEP}"}),
     "steps x 0.6": ({}, {KERNEL_STEP: f"0.6 * {KERNEL_STEP}"}),
