@@ -105,9 +105,9 @@ KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix, self.matrix_dtype)
 SPOTS = {  # up to three rectangles of one gray value each, the mask stays
     "    return noisy, (move(": """
     for _ in range(random.integers(0, 4)):
-        (row, column), gray = random.integers(0, size, 2), random.integers(0, 256)
+        row, column = random.integers(0, size, 2)
         height, width = random.integers(size // 32, size // 6, 2)
-        noisy[row : row + height, column : column + width] = gray
+        noisy[row : row + height, column : column + width] = random.integers(0, 256)
     return noisy, (move("""
 }
 AS_THEY_ARE_AT_THE_END = {
