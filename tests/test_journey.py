@@ -157,6 +157,7 @@ def test_an_unknown_parameter_is_refused(journey):
 
 def test_the_readme_names_files_that_exist():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
-    for name in ("requirements.txt", "raw/phantom.py", "data.py", "train.ipynb", "LICENSE"):
+    names = ["requirements.txt", "raw/phantom.py", "data.py", "train.ipynb", "LICENSE"]
+    for name in [*names, "tests/README.md"]:
         assert name in readme and (REPO / name).exists()
     assert json.loads((REPO / "train.ipynb").read_text(encoding="utf-8"))["nbformat"] == 4
