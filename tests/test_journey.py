@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from conftest import REPO
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from skimage.io import imread
 
 
@@ -153,6 +154,14 @@ def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
 def test_an_unknown_parameter_is_refused(journey):
     with pytest.raises(ValueError, match="EPOCH'"):
         execute(journey[0], EPOCH=3)
+
+
+def test_a_parameter_out_of_its_range_stops_the_notebook_before_it_starts(tmp_path):
+    for name in ("data.py", "train.ipynb"):
+        shutil.copy(REPO / name, tmp_path / name)
+    with pytest.raises(CellExecutionError, match="SMALL_SHARE is 50, wanted 0 or more"):
+        execute(tmp_path, SMALL_SHARE=50)
+    assert not (tmp_path / "preds").exists()
 
 
 def test_the_readme_names_files_that_exist():

@@ -241,6 +241,20 @@ def test_small_batches_are_the_same_slices_at_half_the_size(notebook):
     np.testing.assert_array_equal(batches[0][0][0, ..., 0], img[0])
 
 
+def test_a_parameter_out_of_its_range_is_refused_in_a_sentence(notebook):
+    notebook.check_range("SMALL_SHARE", 0, 0, 1)
+    notebook.check_range("SMALL_SHARE", 0.99, 0, 1)
+    notebook.check_range("EPOCHS", 1000, 1)
+    with pytest.raises(ValueError, match="SMALL_SHARE is 50, wanted 0 or more and less than 1$"):
+        notebook.check_range("SMALL_SHARE", 50, 0, 1)  # would train 50 times the epochs
+    with pytest.raises(ValueError, match="SMALL_SHARE is 1, wanted 0 or more and less than 1$"):
+        notebook.check_range("SMALL_SHARE", 1, 0, 1)  # would never train on whole slices
+    with pytest.raises(ValueError, match="EPOCHS is 0, wanted 1 or more$"):
+        notebook.check_range("EPOCHS", 0, 1)
+    with pytest.raises(ValueError, match="SMOOTH_MM is nan, wanted 0 or more$"):
+        notebook.check_range("SMOOTH_MM", np.nan, 0)
+
+
 def test_a_training_goes_from_half_the_size_to_the_whole(notebook):
     assert notebook.stages(256, 20, 0.5) == [(128, 0, 10), (256, 10, 20)]
     assert notebook.stages(128, 15, 0.5) == [(64, 0, 7), (128, 7, 15)]
