@@ -567,7 +567,7 @@ def get_patients(options: argparse.Namespace) -> dict[int, str]:
             break
         except (ValueError, FileNotFoundError) as error:
             failures[number] = str(error)
-        if not options.keep:
+        if not options.source and not options.keep:
             zip_of(number).unlink(missing_ok=True)
     return failures
 
@@ -636,9 +636,10 @@ def report(table: pd.DataFrame) -> None:
 
 def prepare() -> None:
     """Make the folders, and clear away what a killed run left half-written."""
-    for folder in (RAW / "train", RAW / "test", WORK):
+    halves = {RAW / "train": ".ircad_e*", RAW / "test": ".ircad_e*", WORK: "*.part"}
+    for folder, names in halves.items():
         folder.mkdir(exist_ok=True)
-        for path in (*folder.glob(".ircad_e*"), *folder.glob("*.part")):
+        for path in folder.glob(names):
             path.unlink()
 
 

@@ -840,6 +840,16 @@ def test_kept_zips_serve_a_later_run(raw, serve):
     assert server.asked == [1]
 
 
+def test_kept_zips_survive_a_run_that_reads_them_or_another_source(raw, serve, tmp_path):
+    server = serve({1: ["zip"]})
+    assert run("--url", server.url, "--patients", 1, "--keep") == 0
+    kept = raw / ".ircad" / "3Dircadb1.1.zip"
+    for source in (raw / ".ircad", put(tmp_path / "3Dircadb1.1", patient())):
+        shutil.rmtree(raw / "train")
+        assert run("--from", source, "--patients", 1) == 0
+        assert kept.exists()
+
+
 @pytest.mark.parametrize("trouble", [500, 503, 429, "cut", "cut without length", "damaged"])
 def test_trouble_that_passes_is_waited_out_with_growing_pauses(
     raw, serve, trouble, monkeypatch, capsys
@@ -940,7 +950,10 @@ def test_killed_while_writing_it_clears_the_halves_away(raw, tmp_path):
     (raw / ".ircad").mkdir()
     for half in (raw / "test" / ".ircad_e14_orig.nii.gz", raw / ".ircad" / "3Dircadb1.2.part"):
         half.write_text("half")
+    (raw / "train" / "volume-9.nii.part").write_text("a browser's download")
     assert run("--from", put(tmp_path / "3Dircadb1.1", patient())) == 0
+    assert (raw / "train" / "volume-9.nii.part").read_text() == "a browser's download"
+    (raw / "train" / "volume-9.nii.part").unlink()
     assert leftovers(raw) == []
 
 
