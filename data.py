@@ -47,6 +47,7 @@ TILTS = ((1, 0), (1, 20), (2, 20), (1, -20), (2, -20))
 # the back or 2 the patient's left: they tilt about the scan's left-right or front-back axis.
 MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
+RIGHT_ANGLES = 0.99  # volume of a voxel over that of a box with its sides: 0.99 leans by 8 degrees
 CHUNK = 2**20  # bytes that are unzipped at a time
 PARTNERS = {"orig": "liver", "liver": "orig", "volume": "segmentation", "segmentation": "volume"}
 Nifti = nib.spatialimages.SpatialImage  # Nifti1Image or Nifti2Image
@@ -110,7 +111,7 @@ def find_files(folder: Path) -> dict[str, dict[str, Path]]:
                     "keep one of them"
                 )
             files[role] = path
-        elif ".nii" in path.name.lower():
+        else:
             print(f"{named(path)} is left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz")
     return found
 
@@ -169,7 +170,7 @@ def open_volume(path: Path) -> Nifti:
     """Return a NIfTI image whose header is read and whose voxels are not.
 
     Raises ValueError unless the file is NIfTI, 3-D (a fourth axis of length one is let through)
-    and has an affine that can be inverted.
+    and has an affine that can be inverted, with axes at right angles.
     """
     try:
         image = nib.load(path)
@@ -183,10 +184,16 @@ def open_volume(path: Path) -> Nifti:
             f"{named(path)} has the shape {sides(shape)}, wanted one 3-D volume: export it as one"
         )
     scaled = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
-    if not abs(np.linalg.det(scaled)) > 1e-3:  # also true of NaN
+    right = abs(np.linalg.det(scaled))  # 1 for right angles
+    if not right > 1e-3:  # also true of NaN
         raise ValueError(
             f"{named(path)} has an affine that cannot be inverted, {affine[:3, :3].tolist()}, so "
             "its axes have no direction or length: convert it again from DICOM"
+        )
+    if right < RIGHT_ANGLES:
+        raise ValueError(
+            f"{named(path)} has axes that are not at right angles, {affine[:3, :3].tolist()}, as "
+            "if the gantry had leaned, so distances in mm would be wrong: resample it first"
         )
     return image
 
@@ -274,7 +281,8 @@ def read_mask(path: Path | str) -> np.ndarray:
                 f"{', '.join(f'{label:g}' for label in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
                 "background and 1 for liver: export it as a binary label map"
             )
-    return raw * slope + inter > 0.5 if (slope, inter) != (1, 0) else raw > 0
+    whole = raw.dtype.kind != "f" and (slope, inter) == (1, 0)
+    return raw > 0 if whole else raw * slope + inter > 0.5
 
 
 def check_headers(patient: Patient) -> None:
@@ -487,7 +495,10 @@ def restore(stack: np.ndarray, path: Path | str) -> np.ndarray:
     image = open_volume(ROOT / path)
     (slices, rows, columns), _ = grid(image)
     if len(stack) != slices:
-        raise ValueError(f"{path} has {slices} slices but {len(stack)} are to be put back")
+        raise ValueError(
+            f"{path} has {slices} slices but {len(stack)} are to be put back: if it was changed, "
+            "run `python data.py` again"
+        )
     inside = frame(image, stack.shape[1])
     full = np.zeros((slices, rows, columns), np.uint8)
 
@@ -737,6 +748,21 @@ def slice_all(splits: dict[str, list[Patient]], size: int, oblique: int, workers
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_files(paths: Iterable[str], sliced_s: float, needed: bool) -> None:
+    """Print which files were changed after they were sliced, `sliced_s` in seconds since 1970.
+
+    paths : from the folder of data.py. Raises FileNotFoundError for one that is needed and gone.
+    """
+    for path in paths:
+        if (ROOT / path).exists():
+            if (ROOT / path).stat().st_mtime > sliced_s:
+                print(f"{path} is newer than its slices: run `python data.py` again")
+        elif needed:
+            raise FileNotFoundError(
+                f"{path} was sliced and is gone: put it back, or run `python data.py` again"
+            )
+
+
 def load_data(split: str) -> Slices:
     """Return what `load_train_data` and `load_test_data` do, for a split by name."""
     import pandas  # here, because it takes as long to import as a volume takes to slice
@@ -759,6 +785,8 @@ def load_data(split: str) -> Slices:
             f"{named(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
             f"{len(masks)} and {len(slices)} slices: run `python data.py` again"
         )
+    files = sorted({*slices["image"], *slices["mask"]} - {""})
+    check_files(files, paths[2].stat().st_mtime, needed=split == "test")
     return Slices(imgs, masks, slices)
 
 
@@ -783,7 +811,10 @@ def load_train_data() -> Slices:
 
 
 def load_test_data() -> Slices:
-    """Return the test slices like `load_train_data`; masks of a patient without mask are 0."""
+    """Return the test slices like `load_train_data`; masks of a patient without mask are 0.
+
+    Raises FileNotFoundError also for a scan or a mask that is gone: masks are put back on its grid.
+    """
     return load_data("test")
 
 

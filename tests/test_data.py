@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import os
 import subprocess
 import sys
 
@@ -206,6 +207,14 @@ def test_a_test_scan_without_mask_is_sliced_and_unknown(root):
     assert slices.liver.isna().all() and set(slices["mask"]) == {""}
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numerical_dust_in_a_mask_is_not_liver(root, dtype):
+    dusty = body_and_liver()[1].astype(dtype)
+    dusty[dusty == 0] = 3e-4
+    save(root / "p1_liver.nii.gz", dusty)
+    np.testing.assert_array_equal(data.read_mask(root / "p1_liver.nii.gz"), body_and_liver()[1] > 0)
+
+
 def test_scans_with_and_without_masks_can_lie_side_by_side(root):
     save_patient(root / "raw/train")
     save_patient(root / "raw/test", "a")
@@ -284,6 +293,16 @@ def test_a_nifti_of_another_name_is_left_out_aloud(root, capsys):
     save(root / "raw/train/p1_bone.nii.gz", body_and_liver()[1])
     data.main(["--size", "32"])
     assert "raw/train/p1_bone.nii.gz is left out" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_nifti_is_left_out_aloud(root, capsys):
+    save_patient(root / "raw/train")
+    (root / "raw/train/p1_liver.nrrd").write_bytes(b"NRRD0004")
+    (root / "raw/train/.hidden").write_bytes(b"")
+    data.main(["--size", "32"])
+    said = capsys.readouterr().out
+    assert "raw/train/p1_liver.nrrd is left out: wanted NAME_orig.nii.gz" in said
+    assert "hidden" not in said
 
 
 def test_a_header_without_orientation_is_said(root, capsys):
@@ -426,6 +445,14 @@ BROKEN = {
         lambda r: save(orig(r), body_and_liver()[0] - 2000),
         ["holds values from -3000 to -1300, wanted Hounsfield units"],
     ),
+    "leaning gantry": (  # 20 degrees from the feet towards the back, slices of 5 mm
+        lambda r: save(
+            orig(r),
+            body_and_liver()[0],
+            [[-1, 0, 0, 0], [0, -1, -1.82, 0], [0, 0, 5, 0], [0] * 3 + [1]],
+        ),
+        ["p1_orig.nii.gz has axes that are not at right angles", "resample it first"],
+    ),
     "affine": (broken_affine, ["p1_orig.nii has an affine that cannot be inverted"]),
 }
 
@@ -545,6 +572,31 @@ def test_a_table_of_an_earlier_version_is_refused(root):
     (root / "slices_train.csv").write_text(table)
     with pytest.raises(ValueError, match="slice, other, liver.*, wanted .*: run `python data.py`"):
         data.load_train_data()
+
+
+def test_files_that_changed_after_they_were_sliced_are_named(root, capsys):
+    save_patient(root / "raw/train")
+    save_patient(root / "raw/test", "t1")
+    data.main(["--size", "32"])
+    sliced = (root / "slices_test.csv").stat().st_mtime
+    capsys.readouterr()
+    data.load_train_data(), data.load_test_data()
+    assert capsys.readouterr().out == ""
+    os.utime(root / "raw/test/t1_liver.nii.gz", (sliced + 60, sliced + 60))
+    data.load_train_data(), data.load_test_data()
+    said = "raw/test/t1_liver.nii.gz is newer than its slices: run `python data.py` again\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_test_scan_that_is_gone_is_refused_and_a_training_scan_is_not_missed(root):
+    save_patient(root / "raw/train")
+    save_patient(root / "raw/test", "t1")
+    data.main(["--size", "32"])
+    orig(root).unlink()
+    assert len(data.load_train_data().imgs) == 6  # its slices are all that training needs
+    (root / "raw/test/t1_orig.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="raw/test/t1_orig.nii.gz was sliced and is gone"):
+        data.load_test_data()
 
 
 def test_arrays_that_do_not_belong_together_are_refused(root):
