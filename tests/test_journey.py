@@ -151,6 +151,17 @@ def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
     assert not (tmp_path / "preds" / "unet.keras").exists()
 
 
+def test_a_training_that_keeps_no_epoch_stops_before_it_replaces_anything(journey, tmp_path):
+    folder = shutil.copytree(journey[0], tmp_path / "clone")
+    before = {path.name: path.read_bytes() for path in (folder / "preds").glob("*.*")}
+    with pytest.raises(CellExecutionError, match="no model was kept: train again"):
+        execute(folder, EPOCHS=1, FILTERS=8, LEARNING_RATE=1e39)  # infinite in float32
+    after = {path.name: path.read_bytes() for path in (folder / "preds").glob("*.*")}
+    (renamed,) = after.keys() - before.keys()
+    assert after[renamed] == before.pop("unet.keras")
+    assert {name: after[name] for name in before} == before
+
+
 def test_an_unknown_parameter_is_refused(journey):
     with pytest.raises(ValueError, match="EPOCH'"):
         execute(journey[0], EPOCH=3)

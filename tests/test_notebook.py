@@ -474,6 +474,19 @@ def test_a_last_epoch_whose_loss_is_no_number_replaces_nothing(notebook, tmp_pat
     assert (tmp_path / "unet.keras").read_bytes() == kept
 
 
+def test_without_validation_an_epoch_whose_loss_is_no_number_is_not_kept(notebook, tmp_path):
+    network = notebook.unet(16, 1, 128.0, 64.0)
+    keep = notebook.KeepWeights(network, tmp_path / "unet.keras", 3, keep_last=True)
+    keep.set_model(network)
+    keep.on_epoch_begin(0)
+    keep.on_epoch_end(0, {"dice": 0.1, "loss": 0.9})
+    first = (tmp_path / "unet.keras").stat().st_mtime_ns
+    keep.on_epoch_end(1, {"dice": 0.2, "loss": 0.8})
+    second = (tmp_path / "unet.keras").stat().st_mtime_ns
+    keep.on_epoch_end(2, {"dice": 0.0, "loss": float("nan")})
+    assert first < second == (tmp_path / "unet.keras").stat().st_mtime_ns
+
+
 def test_two_trainings_with_one_seed_give_the_same_dice(notebook, arrays):
     def train():
         keras.utils.set_random_seed(5)

@@ -418,6 +418,16 @@ def test_an_empty_or_tiny_mask_is_drawn_too(notebook, tmp_path, predicted, refer
     notebook.plt.close(figure)
 
 
+@pytest.mark.parametrize("reference", [None, 20])
+def test_a_scan_of_one_slice_is_drawn_too(notebook, tmp_path, reference):
+    scan, predicted = np.zeros((1, 80, 60), np.uint8), ball(20)[20:21]
+    assert predicted.any()
+    reference = None if reference is None else ball(reference)[20:21]
+    figure = notebook.draw_in_3d(scan, predicted, reference, SPACING_MM, "p1")
+    figure.savefig(tmp_path / "p1.png")
+    notebook.plt.close(figure)
+
+
 def test_gray_values_of_a_scan_stand_upright(root):
     save(root / "a_orig.nii.gz", body_and_liver()[0], axes="PIR")
     gray = data.read_gray("a_orig.nii.gz")
