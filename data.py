@@ -47,7 +47,7 @@ TILTS = ((1, 0), (1, 20), (2, 20), (1, -20), (2, -20))
 # the back or 2 the patient's left: they tilt about the scan's left-right or front-back axis.
 MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
-RIGHT_ANGLES = 0.99  # volume of a voxel over that of a box with its sides: 0.99 leans by 8 degrees
+MIN_ORTHOGONALITY = 0.99  # a voxel's volume over that of a box with its sides; 8 degrees off
 CHUNK = 2**20  # bytes that are unzipped at a time
 PARTNERS = {"orig": "liver", "liver": "orig", "volume": "segmentation", "segmentation": "volume"}
 Nifti = nib.spatialimages.SpatialImage  # Nifti1Image or Nifti2Image
@@ -184,13 +184,13 @@ def open_volume(path: Path) -> Nifti:
             f"{named(path)} has the shape {sides(shape)}, wanted one 3-D volume: export it as one"
         )
     scaled = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
-    right = abs(np.linalg.det(scaled))  # 1 for right angles
-    if not right > 1e-3:  # also true of NaN
+    orthogonality = abs(np.linalg.det(scaled))
+    if not orthogonality > 1e-3:  # also true of NaN
         raise ValueError(
             f"{named(path)} has an affine that cannot be inverted, {affine[:3, :3].tolist()}, so "
             "its axes have no direction or length: convert it again from DICOM"
         )
-    if right < RIGHT_ANGLES:
+    if orthogonality < MIN_ORTHOGONALITY:
         raise ValueError(
             f"{named(path)} has axes that are not at right angles, {affine[:3, :3].tolist()}, as "
             "if the gantry had leaned, so distances in mm would be wrong: resample it first"

@@ -463,28 +463,25 @@ def test_the_validation_dice_of_the_kept_epoch_is_that_of_its_model(notebook, tm
     assert notebook.dice_score(masks[4:], predicted) == pytest.approx(known, abs=1e-3)
 
 
-def test_a_last_epoch_whose_loss_is_no_number_replaces_nothing(notebook, tmp_path):
+@pytest.mark.parametrize("figure", ["val_loss", "loss"])  # with and without validation patients
+def test_a_last_epoch_whose_loss_is_no_number_replaces_nothing(notebook, tmp_path, figure):
     network = notebook.unet(16, 1, 128.0, 64.0)
     keep = notebook.KeepWeights(network, tmp_path / "unet.keras", 2, keep_last=True)
     keep.set_model(network)
     keep.on_epoch_begin(0)
-    keep.on_epoch_end(0, {"val_loss": 0.5})
+    keep.on_epoch_end(0, {figure: 0.5})
     kept = (tmp_path / "unet.keras").read_bytes()
-    keep.on_epoch_end(1, {"val_loss": float("nan")})
+    keep.on_epoch_end(1, {figure: float("nan")})
     assert (tmp_path / "unet.keras").read_bytes() == kept
 
 
-def test_without_validation_an_epoch_whose_loss_is_no_number_is_not_kept(notebook, tmp_path):
-    network = notebook.unet(16, 1, 128.0, 64.0)
-    keep = notebook.KeepWeights(network, tmp_path / "unet.keras", 3, keep_last=True)
-    keep.set_model(network)
+def test_without_validation_patients_the_latest_epoch_is_kept(notebook, tmp_path, capsys):
+    keep = notebook.KeepWeights(notebook.unet(16, 1, 128.0, 64.0), tmp_path / "unet.keras", 3)
+    keep.set_model(keep.network)
     keep.on_epoch_begin(0)
-    keep.on_epoch_end(0, {"dice": 0.1, "loss": 0.9})
-    first = (tmp_path / "unet.keras").stat().st_mtime_ns
-    keep.on_epoch_end(1, {"dice": 0.2, "loss": 0.8})
-    second = (tmp_path / "unet.keras").stat().st_mtime_ns
-    keep.on_epoch_end(2, {"dice": 0.0, "loss": float("nan")})
-    assert first < second == (tmp_path / "unet.keras").stat().st_mtime_ns
+    for epoch, loss in enumerate((0.5, 0.9, 0.7)):
+        keep.on_epoch_end(epoch, {"loss": loss})
+    assert [line.endswith("kept") for line in capsys.readouterr().out.splitlines()] == [True] * 3
 
 
 def test_two_trainings_with_one_seed_give_the_same_dice(notebook, arrays):
