@@ -70,6 +70,14 @@ STRETCHED = {
     turn = turn @ np.diag(np.exp(random.uniform(-0.15, 0.15, 2)))
     middle = np.full(2, size / 2)"""
 }
+BLURRED = {  # with a deviation of up to 1.5 pixels at 256 x 256
+    "from PIL import Image": "from PIL import Image, ImageFilter",
+    "    size = len(img)\n    angle": """
+    size = len(img)
+    blur = ImageFilter.GaussianBlur(random.uniform(0, size / 170))
+    img = np.asarray(Image.fromarray(img).filter(blur))
+    angle""",
+}
 SOFT_MASKS = {
     "(move(mask * np.uint8(255)) >= 128).astype(np.uint8)": (
         "move(mask * np.uint8(255)) / np.float32(255)"
@@ -171,6 +179,7 @@ RECIPES = {  # parameters of the notebook, exchanged lines
         LESS_MOVEMENT | NO_NOISE,
     ),
     "stretched": ({}, STRETCHED),
+    "blurred": ({}, BLURRED),
     "soft masks": ({}, SOFT_MASKS),
     "dropout": ({}, DROPOUT),
     "leaky ReLU": ({}, LEAKY),
@@ -193,6 +202,8 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "averaged weights": ({}, AVERAGED_WEIGHTS),
     "slices with liver alone": ({}, {}),
     "narrower window": ({}, {}),
+    "wider window": ({}, {}),
+    "widest window": ({}, {}),
     "one pixel spacing": ({}, {}),
     "oblique, same steps": ({"EPOCHS": 7}, {}),  # on 3 times the slices
     "oblique, same epochs": ({}, {}),
@@ -214,6 +225,8 @@ TRAINED_AS = {
 # Lines of data.py and what stands there instead.
 DATA_LINES = {
     "narrower window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-100.0, 200.0)"},
+    "wider window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-200.0, 300.0)"},
+    "widest window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-300.0, 400.0)"},
     "one pixel spacing": {"sides_mm / sides_mm.max() *": "sides_mm / max(500, *sides_mm) *"},
 }
 # How a training's slices are made where data.py alone does not make them.
