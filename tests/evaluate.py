@@ -182,6 +182,7 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "blurred": ({}, BLURRED),
     "soft masks": ({}, SOFT_MASKS),
     "dropout": ({}, DROPOUT),
+    "dropout, stretched": ({}, DROPOUT | STRETCHED),
     "leaky ReLU": ({}, LEAKY),
     "dilated": ({}, DILATED),
     "residual": ({}, RESIDUAL),
