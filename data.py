@@ -591,6 +591,8 @@ def write_mask(path: Path | str, mask: np.ndarray, source: Path | str) -> None:
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 1  # the gray values a viewer starts with
     header.extensions.clear()  # they describe the scan, sometimes with the patient's name
+    for name in {"descrip", "aux_file", "db_name"} & set(header.keys()):  # so do these
+        header[name] = b""
     written = type(image)(mask.astype(np.uint8).reshape(image.shape), image.affine, header)
     part = path.with_name(f".{path.name}")
     try:

@@ -167,11 +167,20 @@ def test_an_unknown_parameter_is_refused(journey):
         execute(journey[0], EPOCH=3)
 
 
-def test_a_parameter_out_of_its_range_stops_the_notebook_before_it_starts(tmp_path):
-    for name in ("data.py", "train.ipynb"):
-        shutil.copy(REPO / name, tmp_path / name)
-    with pytest.raises(CellExecutionError, match="SMALL_SHARE is 50, wanted 0 or more"):
-        execute(tmp_path, SMALL_SHARE=50)
+@pytest.mark.parametrize(
+    "name, value, wanted",
+    [
+        ("SMALL_SHARE", 50, "0 or more"),
+        ("AUGMENT", "false", "True or False"),
+        ("EPOCHS", 2.5, "a whole number"),
+        ("VALIDATION_PATIENTS", "p1", "a list of names"),
+    ],
+)
+def test_a_wrong_parameter_stops_the_notebook_before_it_starts(tmp_path, name, value, wanted):
+    for file in ("data.py", "train.ipynb"):
+        shutil.copy(REPO / file, tmp_path / file)
+    with pytest.raises(CellExecutionError, match=f"{name} is {value!r}, wanted {wanted}"):
+        execute(tmp_path, **{name: value})
     assert not (tmp_path / "preds").exists()
 
 

@@ -255,6 +255,14 @@ def test_a_parameter_out_of_its_range_is_refused_in_a_sentence(notebook):
         notebook.check_range("SMOOTH_MM", np.nan, 0)
 
 
+def test_a_parameter_of_another_type_is_refused_in_a_sentence(notebook):
+    notebook.check_kind("MUON", False, bool, "True or False")
+    with pytest.raises(ValueError, match="MUON is 'false', wanted True or False$"):
+        notebook.check_kind("MUON", "false", bool, "True or False")  # would count as True
+    with pytest.raises(ValueError, match="VIEWS is 1.5, wanted a whole number$"):
+        notebook.check_kind("VIEWS", 1.5, int, "a whole number")
+
+
 def test_a_training_goes_from_half_the_size_to_the_whole(notebook):
     assert notebook.stages(256, 20, 0.5) == [(128, 0, 10), (256, 10, 20)]
     assert notebook.stages(128, 15, 0.5) == [(64, 0, 7), (128, 7, 15)]

@@ -64,6 +64,7 @@ def test_the_header_is_the_scans(root, shape, kind, codes):
     scan.header.set_xyzt_units("mm", "sec")
     scan.header.set_slope_inter(2, -24)
     scan.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Doe^Jane"))
+    scan.header["descrip"] = scan.header["aux_file"] = b"Doe^Jane"
     nib.save(scan, root / "a_orig.nii.gz")
     mask = np.zeros((5, 6, 7), bool)
     mask[1, 2, 3] = True
@@ -73,6 +74,7 @@ def test_the_header_is_the_scans(root, shape, kind, codes):
     np.testing.assert_array_equal(written.affine, scan.affine)
     np.testing.assert_array_equal(written.header.get_zooms(), scan.header.get_zooms())
     assert written.get_data_dtype() == np.uint8 and not written.header.extensions
+    assert written.header["descrip"] == written.header["aux_file"] == b""
     np.testing.assert_array_equal(np.asarray(written.dataobj).reshape(5, 6, 7), mask)
 
 
@@ -205,6 +207,21 @@ def test_one_voxel_is_as_far_from_another_as_the_spacing_says(notebook):
         assert scores["assd_mm"] == scores["hd95_mm"] == pytest.approx(apart_mm)
         assert scores["rvd_percent"] == 0
         assert scores["voe_percent"] == (100 if apart_mm else 0)
+
+
+def test_what_only_one_mask_has_counts_from_its_side_whichever_is_the_reference(notebook):
+    row = np.zeros((3, 5, 42), bool)
+    row[1, 0, :40] = True  # a voxel thick, so that all 40 are surface
+    with_one, with_three = row.copy(), row.copy()
+    with_one[1, 4, 0] = with_three[1, 4, :3] = True  # 4 mm off
+    for other, apart_mm, assd_mm in [
+        (with_one, 0, 4 / (41 + 40)),  # 1 of 41 is less than 5 %
+        (with_three, 4, 3 * 4 / (43 + 40)),  # 3 of 43 are more, of all 83 they would be less
+    ]:
+        for pair in [(other, row), (row, other)]:
+            scores = notebook.score_volume(*pair, np.array([3.0, 1.0, 1.0]))
+            assert scores["hd95_mm"] == apart_mm
+            assert scores["assd_mm"] == pytest.approx(assd_mm)
 
 
 def test_a_shifted_cube_has_the_distances_worked_out_by_hand(notebook):
