@@ -48,6 +48,7 @@ TILTS = ((1, 0), (1, 20), (2, 20), (1, -20), (2, -20))
 MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
 MIN_ORTHOGONALITY = 0.99  # a voxel's volume over that of a box with its sides; 8 degrees off
+OTHER_UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's xyzt_units; 2 is mm, 0 does not say
 CHUNK = 2**20  # bytes that are unzipped at a time
 PARTNERS = {"orig": "liver", "liver": "orig", "volume": "segmentation", "segmentation": "volume"}
 Nifti = nib.spatialimages.SpatialImage  # Nifti1Image or Nifti2Image
@@ -169,8 +170,8 @@ def find_splits(only: str | None) -> dict[str, list[Patient]]:
 def open_volume(path: Path) -> Nifti:
     """Return a NIfTI image whose header is read and whose voxels are not.
 
-    Raises ValueError unless the file is NIfTI, 3-D (a fourth axis of length one is let through)
-    and has an affine that can be inverted, with axes at right angles.
+    Raises ValueError unless the file is NIfTI, 3-D (a fourth axis of length one is let through),
+    in mm, and has an affine that can be inverted, with axes at right angles.
     """
     try:
         image = nib.load(path)
@@ -182,6 +183,10 @@ def open_volume(path: Path) -> Nifti:
     if len(shape) < 3 or max(shape[3:], default=1) > 1 or min(shape) < 1:
         raise ValueError(
             f"{named(path)} has the shape {sides(shape)}, wanted one 3-D volume: export it as one"
+        )
+    if unit := OTHER_UNITS.get(int(image.header["xyzt_units"]) & 7):
+        raise ValueError(
+            f"{named(path)} gives its voxel sizes in {unit}, wanted mm: convert it again from DICOM"
         )
     scaled = affine[:3, :3] / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-9)
     orthogonality = abs(np.linalg.det(scaled))
@@ -281,8 +286,8 @@ def read_mask(path: Path | str) -> np.ndarray:
                 f"{', '.join(f'{label:g}' for label in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
                 "background and 1 for liver: export it as a binary label map"
             )
-    whole = raw.dtype.kind != "f" and (slope, inter) == (1, 0)
-    return raw > 0 if whole else raw * slope + inter > 0.5
+    half = (0.5 - inter) / slope  # as stored; scaling the voxels would take their memory again
+    return raw > half if slope > 0 else raw < half
 
 
 def check_headers(patient: Patient) -> None:
@@ -750,16 +755,20 @@ def slice_all(splits: dict[str, list[Patient]], size: int, oblique: int, workers
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_files(paths: Iterable[str], sliced_s: float, needed: bool) -> None:
-    """Print which files were changed after they were sliced, `sliced_s` in seconds since 1970.
+def check_files(paths: set[str], split: str, sliced_s: float) -> None:
+    """Print which files were changed or added after slicing, `sliced_s` in seconds since 1970.
 
-    paths : from the folder of data.py. Raises FileNotFoundError for one that is needed and gone.
+    paths : those that were sliced, from the folder of data.py. Raises FileNotFoundError for one of
+    the test split that is gone.
     """
-    for path in paths:
+    there = {named(path) for path in (ROOT / "raw" / split).glob("[!.]*") if identify(path)}
+    for path in sorted(there - paths):
+        print(f"{path} is not among the slices: run `python data.py` again")
+    for path in sorted(paths):
         if (ROOT / path).exists():
             if (ROOT / path).stat().st_mtime > sliced_s:
                 print(f"{path} is newer than its slices: run `python data.py` again")
-        elif needed:
+        elif split == "test":
             raise FileNotFoundError(
                 f"{path} was sliced and is gone: put it back, or run `python data.py` again"
             )
@@ -787,8 +796,8 @@ def load_data(split: str) -> Slices:
             f"{named(paths[0])}, {paths[1].name} and {paths[2].name} hold {len(imgs)}, "
             f"{len(masks)} and {len(slices)} slices: run `python data.py` again"
         )
-    files = sorted({*slices["image"], *slices["mask"]} - {""})
-    check_files(files, paths[2].stat().st_mtime, needed=split == "test")
+    files = {*slices["image"], *slices["mask"]} - {""}
+    check_files(files, split, paths[2].stat().st_mtime)
     return Slices(imgs, masks, slices)
 
 
@@ -863,6 +872,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(*slice_all(splits, options.size, options.oblique, options.workers), sep="\n")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except MemoryError:
+        sys.exit("data.py: out of memory: slice one volume at a time with --workers 1")
     except KeyboardInterrupt:
         sys.exit("data.py: interrupted, the arrays of the last complete run are as they were")
 

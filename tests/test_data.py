@@ -169,6 +169,16 @@ def test_probabilities_are_cut_at_one_half_on_the_way_back(root):
     assert not data.restore(masks * np.float32(0.4), path).any()
 
 
+def test_probabilities_are_interpolated_before_they_are_cut(root):
+    path = save(root / "raw/train/p1_liver.nii.gz", np.zeros((16, 16, 1), np.uint8))
+    stack = np.tile(np.float32([0.9, 0.9, 0.9, 0.2, 0.2, 0.2, 0.2, 0.2]), (1, 8, 1))
+    # two voxels a pixel: the fourth pixel begins at voxel 6. The voxels beside that border have
+    # 0.725 and 0.375, with 0.4 for 0.2 they have 0.775 and 0.525
+    assert data.restore(stack, path)[:, 0, 0].tolist() == 6 * [1] + 10 * [0]
+    stack[stack < 0.5] = 0.4
+    assert data.restore(stack, path)[:, 0, 0].tolist() == 7 * [1] + 9 * [0]
+
+
 def test_a_stack_of_another_scan_is_not_put_back(root):
     path = save(root / "raw/train/p1_liver.nii.gz", body_and_liver()[1])
     with pytest.raises(ValueError, match="p1_liver.nii.gz has 6 slices but 5"):
@@ -350,6 +360,21 @@ def broken_affine(root):
         file.write(image.header.binaryblock + bytes(4) + image.get_fdata().astype("<i2").tobytes())
 
 
+def in_units(path, unit):
+    """Have a file say that its voxel sizes are in another unit than mm."""
+    image = nib.load(path)
+    image = nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, path)
+
+
+def shifted(mm):
+    """Return the affine of hand-made scans, moved along their columns."""
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    affine[0, 3] = mm
+    return affine
+
+
 def uncompressed_and_cut(root):
     orig(root).unlink()
     cut(save(root / "raw/train/p1_orig.nii", body_and_liver()[0]), 2000)
@@ -452,6 +477,15 @@ BROKEN = {
             [[-1, 0, 0, 0], [0, -1, -1.82, 0], [0, 0, 5, 0], [0] * 3 + [1]],
         ),
         ["p1_orig.nii.gz has axes that are not at right angles", "resample it first"],
+    ),
+    "micrometres": (
+        lambda r: in_units(orig(r), "micron"),
+        ["p1_orig.nii.gz gives its voxel sizes in micrometres, wanted mm"],
+    ),
+    "metres": (lambda r: in_units(liver_of(r), "meter"), ["voxel sizes in metres, wanted mm"]),
+    "half a voxel apart": (
+        lambda r: save(liver_of(r), body_and_liver()[1], shifted(0.5)),
+        ["have affines", "0.5 mm apart"],
     ),
     "affine": (broken_affine, ["p1_orig.nii has an affine that cannot be inverted"]),
 }
@@ -586,6 +620,35 @@ def test_files_that_changed_after_they_were_sliced_are_named(root, capsys):
     data.load_train_data(), data.load_test_data()
     said = "raw/test/t1_liver.nii.gz is newer than its slices: run `python data.py` again\n"
     assert capsys.readouterr().out == said
+
+
+def test_a_scan_that_came_after_slicing_is_named(root, capsys):
+    save_patient(root / "raw/train")
+    save_patient(root / "raw/test", "t1", mask=False)
+    data.main(["--size", "32"])
+    save_patient(root / "raw/test", "t1")  # now with a mask
+    past = (root / "slices_test.csv").stat().st_mtime - 60
+    for path in (root / "raw/test").iterdir():
+        os.utime(path, (past, past))
+    capsys.readouterr()
+    data.load_train_data(), data.load_test_data()
+    said = "raw/test/t1_liver.nii.gz is not among the slices: run `python data.py` again\n"
+    assert capsys.readouterr().out == said
+
+
+def test_out_of_memory_is_a_sentence_and_leaves_the_last_arrays_alone(root, monkeypatch):
+    save_patient(root / "raw/train")
+    data.main(["--size", "32"])
+    before = (root / "imgs_train.npy").read_bytes()
+
+    def none_left(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "slice_image", none_left)
+    with pytest.raises(SystemExit, match="^data.py: out of memory: .* --workers 1$"):
+        data.main(["--size", "32"])
+    assert (root / "imgs_train.npy").read_bytes() == before
+    assert not (root / ".slicing").exists()
 
 
 def test_a_test_scan_that_is_gone_is_refused_and_a_training_scan_is_not_missed(root):

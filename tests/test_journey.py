@@ -18,6 +18,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from skimage.io import imread
 
+LEARNED = """
+None if WEIGHTS else (
+    int(optimizer.iterations), float(np.array(optimizer.learning_rate)), len(batches)
+)
+"""
+
 
 def run(folder, *command):
     """Run a script of the repo in a folder and return what it printed."""
@@ -26,12 +32,17 @@ def run(folder, *command):
     ).stdout
 
 
-def execute(folder, **parameters):
+def execute(folder, twice=None, **parameters):
     """Execute the notebook in a folder with other parameters, as papermill does; return it.
 
+    twice : words of a cell to run a second time at once, as who steps through a notebook may
     Raises ValueError for a parameter that the notebook does not have.
     """
     notebook = nbformat.read(folder / "train.ipynb", as_version=4)
+    if twice:
+        again = next(n for n, c in enumerate(notebook.cells) if twice in c.source)
+        notebook.cells.insert(again, nbformat.v4.new_code_cell(notebook.cells[again].source))
+    notebook.cells.append(nbformat.v4.new_code_cell(LEARNED))
     at = next(n for n, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
     known = {s.targets[0].id for s in ast.parse(notebook.cells[at].source).body}
     if unknown := set(parameters) - known:
@@ -40,6 +51,17 @@ def execute(folder, **parameters):
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     return client.execute()
+
+
+def learned(notebook):
+    """Return the steps that the training took, the last one's learning rate and the batches."""
+    return ast.literal_eval(notebook.cells[-1].outputs[-1].data["text/plain"])
+
+
+def steps_of_the_export(notebook):
+    """Return the table of Dice after each step, as text."""
+    exporting = next(c for c in notebook.cells if c.source.startswith("display(export_patients"))
+    return [out.data["text/plain"] for out in exporting.outputs if "data" in out][-1]  # after a bar
 
 
 def printed(notebook):
@@ -131,6 +153,29 @@ def test_the_lowest_validation_loss_is_kept_and_at_the_end_the_last_epoch(journe
     keras.models.load_model(journey[0] / "preds" / "unet.keras")
 
 
+def test_the_learning_rate_has_fallen_to_zero_with_the_last_step(journey):
+    steps, rate, batches = learned(journey[1])
+    assert steps == 3 * batches and 0 <= rate < 1e-9
+
+
+def test_the_export_smooths_and_keeps_the_largest_piece(journey):
+    assert "smoothed  largest piece" in steps_of_the_export(journey[1])
+
+
+def test_what_is_predicted_is_what_was_kept_also_if_the_training_is_run_again(journey, tmp_path):
+    folder = shutil.copytree(journey[0], tmp_path / "clone")
+    other = dict(EPOCHS=4, FILTERS=4, DECAY=False, LEARNING_RATE=0.1, SMOOTH_MM=0)
+    notebook = execute(folder, twice="model.fit(", LARGEST_PIECE=False, **other)
+    steps, rate, batches = learned(notebook)
+    assert steps == 4 * batches and rate == pytest.approx(0.1)
+    assert len(list((folder / "preds").glob("unet-*.keras"))) == 2  # the first, and the journey's
+    assert not {"smoothed", "largest"} & set(steps_of_the_export(notebook).split())
+    imgs = np.load(folder / "imgs_test.npy")[..., None]
+    kept = keras.models.load_model(folder / "preds" / "unet.keras").predict(imgs, verbose=0)
+    predicted = np.load(folder / "preds" / "probabilities.npy")
+    np.testing.assert_allclose(predicted, kept[..., 0], atol=0.1)  # bfloat16 and float32
+
+
 def test_weights_segment_a_new_scan_without_training_or_mask(journey, tmp_path):
     trained, _ = journey
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("preds"))
@@ -162,6 +207,15 @@ def test_a_training_that_keeps_no_epoch_stops_before_it_replaces_anything(journe
     assert {name: after[name] for name in before} == before
 
 
+def test_weights_without_a_scan_to_segment_are_refused_in_a_sentence(journey, tmp_path):
+    for name in ("data.py", "train.ipynb"):
+        shutil.copy(REPO / name, tmp_path / name)
+    shutil.copytree(journey[0] / "raw" / "train", tmp_path / "raw" / "train")
+    run(tmp_path, "data.py", "--size", "64")
+    with pytest.raises(CellExecutionError, match="nothing to segment: put scans in raw/test"):
+        execute(tmp_path, WEIGHTS=str(journey[0] / "preds" / "unet.keras"))
+
+
 def test_an_unknown_parameter_is_refused(journey):
     with pytest.raises(ValueError, match="EPOCH'"):
         execute(journey[0], EPOCH=3)
@@ -173,6 +227,7 @@ def test_an_unknown_parameter_is_refused(journey):
         ("SMALL_SHARE", 50, "0 or more"),
         ("AUGMENT", "false", "True or False"),
         ("EPOCHS", 2.5, "a whole number"),
+        ("PRECISION", "bfloat16", "auto, float32 or mixed_bfloat16"),
         ("VALIDATION_PATIENTS", "p1", "a list of names"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 
@@ -421,6 +422,19 @@ def test_muon_moves_kernels_by_the_learning_rate_and_all_else_as_adam(notebook):
         np.testing.assert_allclose(step, same, rtol=1e-3, atol=1e-6)
 
 
+def test_muon_remembers_earlier_gradients_and_looks_ahead(notebook):
+    gradients = np.random.default_rng(0).standard_normal((3, 3, 3, 2, 4)).astype(np.float32)
+    optimizer, kernel = notebook.Muon(1e-2), keras.Variable(np.zeros((3, 3, 2, 4), np.float32))
+    momentum, known = 0, 0
+    for gradient in gradients:
+        optimizer.apply([ops.convert_to_tensor(gradient)], [kernel])
+        momentum = 0.95 * momentum + gradient
+        ahead = ops.convert_to_tensor((0.95 * momentum + gradient).reshape(18, 4))
+        step = ops.convert_to_numpy(notebook.orthogonalize(ahead)).reshape(3, 3, 2, 4)
+        known = known - 1e-2 * 18**0.5 * step
+    np.testing.assert_allclose(ops.convert_to_numpy(kernel.value), known, rtol=1e-3, atol=1e-5)
+
+
 def test_gray_values_are_counted_inside_and_outside(notebook, arrays):
     counts = notebook.count_grays(*arrays, [0, 1, 3])
     assert counts.shape == (2, 256)
@@ -583,6 +597,36 @@ def test_predictions_stay_in_line_with_their_slices(notebook, arrays, tmp_path):
     probabilities = notebook.predict_slices(Echo(), arrays[0], groups, 2, tmp_path / "p.npy")
     np.testing.assert_allclose(probabilities[:, 0, 0], np.arange(7) / 10, atol=1e-3)
     assert isinstance(probabilities, np.memmap)
+
+
+@pytest.mark.skipif(not hasattr(os.stat_result, "st_blocks"), reason="needs the size on the disk")
+def test_the_disk_space_is_taken_before_the_first_prediction(notebook, tmp_path):
+    class Network:
+        def predict(self, batches, verbose):
+            file = os.stat(tmp_path / "p.npy")
+            assert file.st_blocks * 512 >= file.st_size > 3 * 64 * 64 * 2
+            return np.zeros((3, 64, 64, 1))
+
+    imgs = np.zeros((3, 64, 64), np.uint8)
+    notebook.predict_slices(Network(), imgs, [np.arange(3)], 2, tmp_path / "p.npy")
+
+
+def test_the_best_and_the_worst_patient_are_shown_as_what_they_are(notebook):
+    probabilities = np.zeros((4, 16, 16), np.float16)
+    masks = np.zeros((4, 16, 16), np.uint8)
+    masks[3, :4], masks[1, :8] = 1, 1  # missed
+    slices = pd.DataFrame({"slice": [7, 8, 5, 6]})
+    names = dict(
+        scores=pd.DataFrame({"patient": ["a", "b", "c"], "dice": [0.5, 0.9, np.nan]}),
+        patients={"a": np.array([0, 1]), "b": np.array([2, 3])},
+        test=data.Slices(np.zeros((4, 16, 16), np.uint8), masks, slices),
+        probabilities=probabilities,
+    )
+    notebook.plt.close("all")
+    exec(code(cells()[-1]), {**vars(notebook), **names})
+    titles = [notebook.plt.figure(n).axes[0].get_title() for n in notebook.plt.get_fignums()]
+    notebook.plt.close("all")
+    assert titles == ["best patient: b, slice 6", "worst patient: a, slice 8"]
 
 
 @pytest.mark.parametrize("recipe", evaluate.RECIPES)
