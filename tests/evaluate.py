@@ -102,6 +102,21 @@ RESIDUAL = {
 """
 }
 LEAKY = {'activation="relu"': 'activation="leaky_relu"'}
+SILU = {'activation="relu"': 'activation="silu"'}  # Elfwing et al. 2017, arXiv 1702.03118
+CUTMIX = {  # Yun et al. 2019, arXiv 1905.04899
+    "            imgs, masks = (np.stack(arrays) for arrays in zip(*pairs, strict=True))\n": """
+            imgs, masks = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+            pasted, pasted_masks, side = imgs.copy(), masks.copy(), imgs.shape[1]
+            for n, other in enumerate(random.permutation(len(imgs))):
+                if random.uniform() < 0.5:
+                    height, width = random.integers(side // 8, side // 2, 2)
+                    row = random.integers(0, side - height)
+                    column = random.integers(0, side - width)
+                    box = slice(row, row + height), slice(column, column + width)
+                    pasted[n][box], pasted_masks[n][box] = imgs[other][box], masks[other][box]
+            imgs, masks = pasted, pasted_masks
+"""
+}
 RATE_ENDS_HIGHER = {"warmup_steps=rising": "warmup_steps=rising, alpha=0.3"}
 MORE_LIGHT = {
     "uniform(-0.25, 0.25)), np.exp(random.uniform(-0.3, 0.3)": (
@@ -184,6 +199,8 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "dropout": ({}, DROPOUT),
     "dropout, stretched": ({}, DROPOUT | STRETCHED),
     "leaky ReLU": ({}, LEAKY),
+    "SiLU": ({}, SILU),
+    "CutMix": ({}, CUTMIX),
     "dilated": ({}, DILATED),
     "residual": ({}, RESIDUAL),
     "instance normalisation": ({}, NORMALIZE_SLICES),
