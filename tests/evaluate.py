@@ -103,6 +103,26 @@ RESIDUAL = {
 }
 LEAKY = {'activation="relu"': 'activation="leaky_relu"'}
 SILU = {'activation="relu"': 'activation="silu"'}  # Elfwing et al. 2017, arXiv 1702.03118
+DEEP = {  # coarser masks are asked for on the way up too: Lee et al. 2014, arXiv 1409.5185
+    "    x = convolve_twice(x, counts[-1])": "    x, coarse = convolve_twice(x, counts[-1]), []",
+    "        x = convolve_twice(layers.Concatenate()([x, skip]), count)": """
+        x = convolve_twice(layers.Concatenate()([x, skip]), count)
+        coarse.append(x)""",
+    '    outputs = layers.Conv2D(1, 1, activation="sigmoid", name="liver")(x)': """
+    outputs = []
+    for n, y in enumerate(coarse[:0:-1]):
+        y = layers.Conv2D(1, 1, activation="sigmoid", name=f"liver_{n}")(y)
+        outputs.append(layers.UpSampling2D(2**n, interpolation="bilinear", name=f"liver_up_{n}")(y))
+    outputs = layers.Concatenate(name="liver")(outputs)""",
+    "inner = layer is not network.layers[-1]": 'inner = not layer.name.startswith("liver")',
+    "    return dice_loss(y_true, y_pred) + ops.mean(ops.binary_crossentropy(y_true, y_pred))": """
+    loss = 0
+    for n, weight in enumerate((4 / 7, 2 / 7, 1 / 7)) if y_pred.shape[-1] == 3 else [(0, 1.0)]:
+        p = y_pred[..., n : n + 1]
+        loss += weight * (dice_loss(y_true, p) + ops.mean(ops.binary_crossentropy(y_true, p)))
+    return loss""",
+    "ops.cast(y_pred >= 0.5": "ops.cast(y_pred[..., :1] >= 0.5",
+}
 CUTMIX = {  # Yun et al. 2019, arXiv 1905.04899
     "            imgs, masks = (np.stack(arrays) for arrays in zip(*pairs, strict=True))\n": """
             imgs, masks = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
@@ -200,6 +220,7 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "dropout, stretched": ({}, DROPOUT | STRETCHED),
     "leaky ReLU": ({}, LEAKY),
     "SiLU": ({}, SILU),
+    "deep supervision": ({}, DEEP),
     "CutMix": ({}, CUTMIX),
     "dilated": ({}, DILATED),
     "residual": ({}, RESIDUAL),
