@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from conftest import REPO
 from keras import ops
+from scipy import ndimage
 from skimage.io import imread
 
 import data
@@ -85,7 +86,8 @@ def kinds(network):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_unet_is_the_tutorials(notebook, normalize):
     network = notebook.unet(256, 32, 0.0, 1.0, normalize)
-    assert network.count_params() == 7_759_521
+    biases = 256 + 128 + 64 + 32  # of the transposed convolutions
+    assert network.count_params() == 7_759_521 - (biases if normalize else 0)
     assert network.output_shape == (None, 256, 256, 1)
     convolutions = [kind for kind in kinds(network) if kind.startswith("Conv2D")]
     up = ["Conv2DTranspose", "Conv2D", "Conv2D"]
@@ -116,6 +118,27 @@ def test_kernels_are_held_at_one_norm_in_training(notebook, policy, muon):
     for norm, wanted in zip(norms(network)[:-1], known, strict=True):
         assert np.allclose(norm, wanted, rtol=1e-5)
     assert not np.allclose(norms(network)[-1], last, rtol=1e-3)  # is free
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="computes in float32 on CPUs")
+def test_no_gradient_is_lost_in_bfloat16(notebook):
+    random = np.random.default_rng(0)
+    slices = random.integers(0, 256, (8, 128, 128, 1), np.uint8)
+    masks = (ndimage.gaussian_filter(slices.astype(np.float32), (0, 3, 3, 0)) > 128) * 1.0
+
+    def gradients(policy):
+        keras.utils.set_random_seed(0)
+        network = notebook.unet(128, 8, 128.0, 64.0)
+        for layer in network.layers:
+            layer.kernel_constraint = None
+        model = notebook.in_precision(network, policy)
+        model.compile(keras.optimizers.SGD(1.0), notebook.dice_and_cross_entropy)
+        before = model.get_weights()
+        model.train_on_batch(slices, masks)
+        return [a - b for a, b in zip(before, model.get_weights(), strict=True)]
+
+    for exact, close in zip(gradients("float32"), gradients("mixed_bfloat16"), strict=True):
+        assert np.linalg.norm(close - exact) < 0.3 * np.linalg.norm(exact)
 
 
 def test_kernels_are_free_without_normalize(notebook):
@@ -547,6 +570,13 @@ def test_precision_can_be_chosen_and_auto_is_one_of_two(notebook):
     assert notebook.choose_precision("float32") == "float32"
     assert notebook.choose_precision("mixed_bfloat16") == "mixed_bfloat16"
     assert notebook.choose_precision("auto") in ("float32", "mixed_bfloat16")
+
+
+def test_jax_computes_in_float32_on_a_cpu(notebook, monkeypatch):
+    if "cpu" not in str(ops.zeros(1).device).lower():
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    assert notebook.choose_precision("auto") == "float32"
 
 
 def colours(picture):
