@@ -1,6 +1,7 @@
 """Print the speed and memory of data.py, of training and of the export as ratios, side by side.
 
     python tests/benchmark.py --volumes 8 --repeats 5
+    python tests/benchmark.py --only training --slices 500      an epoch of them, where a GPU is
 
 Volumes are synthetic, 512 x 512 x 130 int16 with a mask, gzipped as scanners' NIfTI files are.
 Each figure is the median of whole processes, imports included, that take turns. The export of
@@ -23,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
+from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parents[1]
 SHAPE = (512, 512, 130)
@@ -178,72 +180,100 @@ def measure_export(folder: Path, repeats: int) -> None:
     )
 
 
-def time_epochs(model, batches, sides) -> tuple[float, float]:
-    """Return the seconds an epoch of reading batches one by one, and of that and learning.
+def time_epoch(model, batches) -> float:
+    """Return the seconds from the end of one epoch to that of the next, with a progress bar."""
+    import keras
+    from tqdm.keras import TqdmCallback
 
-    Both are means over an epoch on slices of each of the sides.
-    """
-    reading, start = 0.0, time.perf_counter()
-    for batches.side in sides:
-        for n in range(len(batches)):
-            begun = time.perf_counter()
-            batch = batches[n]
-            reading += time.perf_counter() - begun
-            model.train_on_batch(*batch)
-    return reading / len(sides), (time.perf_counter() - start) / len(sides)
+    ends: list[float] = []
+    stamp = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter())
+    )
+    with open(os.devnull, "w") as nowhere:
+        progress = TqdmCallback(verbose=1, tqdm_class=tqdm, file=nowhere)
+        progress.async_safe = stamp.async_safe = True  # as in the notebook
+        callbacks = [progress, stamp]
+        model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    return ends[1] - ends[0]
 
 
-def compare_training(repeats: int) -> None:
-    """Print the time of training on 20 slices over the tutorial's, and reading's share of it.
+def compare_training(repeats: int, slices: int) -> None:
+    """Print the time of an epoch over the tutorial's, and how much of it is reading.
 
     The tutorial's is that of its network, with Adam, on slices as they are, in the same precision
-    and batches of 10 like ours. Small slices first are half of the epochs at half the size.
+    and batches of 10 like ours. At hand are slices that were read and augmented before. Small
+    slices first are half of the epochs at half the size.
     """
     from conftest import load_notebook
 
     notebook = load_notebook()
     policy, random = notebook.choose_precision("auto"), np.random.default_rng(0)
-    imgs = random.integers(0, 256, (20, 256, 256), np.uint8)
-    trainings = {}
-    for ours in (True, False):
+    imgs = random.integers(0, 256, (slices, 256, 256), np.uint8)
+
+    def model_of(ours: bool):
         network = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
         model = notebook.in_precision(network, policy)
         optimizer = notebook.Muon(1e-3, model.layers[1].compute_dtype) if ours else "adam"
         model.compile(optimizer, notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
-        augment = notebook.augment if ours else None
-        batches = notebook.Batches(imgs, imgs // 128, range(20), 10, 0, augment)
-        trainings[ours] = model, batches
-        time_epochs(*trainings[ours], (128, 256))  # the first time builds the graph
-    for name, sides in {"whole slices": (256,), "small slices first": (128, 256)}.items():
-        ratios, shares = [], []
-        for _ in range(repeats):
-            reading, ours = time_epochs(*trainings[True], sides)
-            ratios.append(ours / time_epochs(*trainings[False], (256,))[1])
-            shares.append(reading / ours)
-        print(
-            f"training of ours in {policy} on {name} / the tutorial's: median "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
-            f"n = {repeats}), of which reading and augmenting takes {statistics.median(shares):.1%}"
-        )
+        return model
+
+    def batches_of(augment, side: int = 256, at_hand: bool = False):
+        batches = notebook.Batches(imgs, imgs // 128, range(slices), 10, 0, augment)
+        batches.side = side
+        if at_hand:
+            ready = [batches.read(n, side) for n in range(len(batches))]
+            batches.read = lambda index, side: ready[index]
+        return batches
+
+    ours, theirs = model_of(True), model_of(False)
+    trainings = {
+        "ours": (ours, batches_of(notebook.augment)),
+        "at hand": (ours, batches_of(notebook.augment, at_hand=True)),
+        "small": (ours, batches_of(notebook.augment, side=128)),
+        "theirs": (theirs, batches_of(None)),
+        "theirs at hand": (theirs, batches_of(None, at_hand=True)),
+    }
+    for training in trainings.values():
+        time_epoch(*training)  # the first time builds the graph
+    times = pd.DataFrame(
+        [{name: time_epoch(*of) for name, of in trainings.items()} for _ in range(repeats)]
+    )
+    print(f"an epoch of {slices} slices in {policy} over the tutorial's, n = {repeats}")
+    for name, ratio in {
+        "ours": times.ours / times.theirs,
+        "ours, small slices first": (times.ours + times.small) / 2 / times.theirs,
+        "both with slices at hand": times["at hand"] / times["theirs at hand"],
+    }.items():
+        print(f"  {name}: median {ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
+    waits = 1 - times["at hand"] / times.ours
+    step_ms = 1000 * times.ours.median() / -(-slices // 10)
+    print(
+        f"  reading and augmenting: median {waits.median():.1%} of ours "
+        f"({waits.min():.1%} to {waits.max():.1%}), a step of which takes {step_ms:.1f} ms"
+    )
 
 
 def main() -> None:
-    """Compare times on some volumes and peak memory on 2 and on 16."""
+    """Compare times on some volumes, peak memory on 2 and on 16, and epochs of training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--volumes", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--slices", type=int, default=20, help="of an epoch of training")
+    parser.add_argument("--only", choices=("volumes", "training"), help="measure this alone")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = workplace(Path(temporary) / "time", options.volumes)
-        print(f"{options.volumes} volumes of {SHAPE}, {options.workers} workers")
-        compare_times(folder, options.workers, options.repeats)
-        for volumes in (2, 16):
-            folder = workplace(Path(temporary) / f"{volumes}", volumes)
-            command = [sys.executable, "data.py", "--workers", str(options.workers)]
-            print(f"peak memory with {volumes} volumes: {run(command, folder)[1]:.0f} MiB")
-        measure_export(Path(temporary), options.repeats)
-    compare_training(4 * options.repeats)
+    if options.only != "training":
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = workplace(Path(temporary) / "time", options.volumes)
+            print(f"{options.volumes} volumes of {SHAPE}, {options.workers} workers")
+            compare_times(folder, options.workers, options.repeats)
+            for volumes in (2, 16):
+                folder = workplace(Path(temporary) / f"{volumes}", volumes)
+                command = [sys.executable, "data.py", "--workers", str(options.workers)]
+                print(f"peak memory with {volumes} volumes: {run(command, folder)[1]:.0f} MiB")
+            measure_export(Path(temporary), options.repeats)
+    if options.only != "volumes":
+        compare_training(options.repeats, options.slices)
 
 
 if __name__ == "__main__":

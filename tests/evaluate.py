@@ -78,10 +78,14 @@ BLURRED = {  # with a deviation of up to 1.5 pixels at 256 x 256
     img = np.asarray(Image.fromarray(img).filter(blur))
     angle""",
 }
-SOFT_MASKS = {
-    "(move(mask * np.uint8(255)) >= 128).astype(np.uint8)": (
-        "move(mask * np.uint8(255)) / np.float32(255)"
-    )
+MOVED_MASK = "move(mask, Image.Resampling.NEAREST)"
+SMOOTH_MASK = "move(mask * np.uint8(255), Image.Resampling.BILINEAR)"
+SOFT_MASKS = {MOVED_MASK: f"{SMOOTH_MASK} / np.float32(255)"}
+SLOWER_AUGMENTATION = {  # recipe J's
+    MOVED_MASK: f"({SMOOTH_MASK} >= 128).astype(np.uint8)",
+    "four.sum(axis=0, dtype=np.float32)": (
+        "510 + 147.8 * random.standard_normal(img.shape, np.float32)"
+    ),
 }
 DROPOUT = {  # as in Ronneberger et al. 2015
     "    x = convolve_twice(x, counts[-1])": (
@@ -146,19 +150,19 @@ MORE_LIGHT = {
 }
 KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix, self.matrix_dtype)"
 SPOTS = {  # up to three rectangles of one gray value each, the mask stays
-    "    return noisy, (move(": """
+    "    return noisy.astype(np.uint8), move(": """
     for _ in range(random.integers(0, 4)):
         row, column = random.integers(0, size, 2)
         height, width = random.integers(size // 32, size // 6, 2)
         noisy[row : row + height, column : column + width] = random.integers(0, 256)
-    return noisy, (move("""
+    return noisy.astype(np.uint8), move("""
 }
 AS_THEY_ARE_AT_THE_END = {
     "        if self.augment:\n": "        if self.augment and self.epoch <= EPOCHS - 3:\n"
 }
 CROSS_ENTROPY = "ops.mean(ops.binary_crossentropy(y_true, y_pred))"
-SAME_LIGHT = {"grays[move(img)] + noise": "move(img) + noise"}
-NO_NOISE = {"grays[move(img)] + noise": "grays[move(img)]"}
+SAME_LIGHT = {"grays[move(img, Image.Resampling.BILINEAR)]": "move(img, Image.Resampling.BILINEAR)"}
+NO_NOISE = {"deviation / 147.8": "0"}
 NEIGHBOURS = {  # as channels; beyond the ends of a scan they are those of the next scan
     "imgs = self.imgs[numbers]\n": """
         beside = [np.clip(numbers + step, 0, len(self.imgs) - 1) for step in (-1, 0, 1)]
@@ -208,6 +212,7 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "same light": ({}, SAME_LIGHT),
     "more light": ({}, MORE_LIGHT),
     "no noise": ({}, NO_NOISE),
+    "slower augmentation": ({}, SLOWER_AUGMENTATION),
     "less movement, no noise": ({}, LESS_MOVEMENT | NO_NOISE),
     "Adam, less movement, no noise": (
         {"MUON": False, "BATCH_SIZE": 5},
