@@ -201,8 +201,9 @@ def compare_training(repeats: int, slices: int) -> None:
     """Print the time of an epoch over the tutorial's, and how much of it is reading.
 
     The tutorial's is that of its network, with Adam, on slices as they are, in the same precision
-    and batches of 10 like ours. At hand are slices that were read and augmented before. Small
-    slices first are half of the epochs at half the size.
+    and batches of 10 like ours. Slices come from memory; at hand are those that were read and
+    augmented before. With few slices reading hardly overlaps learning, so its share is an upper
+    bound. Small slices first are half of the epochs at half the size.
     """
     from conftest import load_notebook
 

@@ -264,8 +264,18 @@ def test_what_goes_wrong_while_a_batch_is_read_ahead_is_raised_when_it_is_wanted
         raise OSError("the disk is gone")
 
     batches = notebook.Batches(*arrays, range(7), 3, seed=0, augment=fail)
-    with pytest.raises(OSError, match="the disk is gone"):
-        batches[0]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            batches[0]
+    batches.augment = None  # and when it goes well again, that counts
+    assert [len(batches[n][0]) for n in range(3)] == [3, 3, 1]
+
+
+def test_batches_that_never_change_are_not_read_again_for_the_next_epoch(notebook, arrays):
+    batches = notebook.Batches(*arrays, range(7), 3)
+    first = batches.coming[16, 0]
+    batches.on_epoch_end()
+    assert batches.coming[16, 0] is first
 
 
 def test_small_batches_are_the_same_slices_at_half_the_size(notebook):
