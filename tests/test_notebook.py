@@ -343,8 +343,8 @@ class Draws:
         return low + np.asarray(next(self.places)) * (high - low)
 
     def integers(self, low, high, size, dtype):
-        bytes = np.array([164, 164, 165, 165], dtype)  # a sum of 510 and one deviation, 148
-        return np.broadcast_to(bytes[:, None, None], size)
+        four = np.array([164, 164, 165, 165], dtype)  # they add up to 510 and one deviation, 148
+        return np.broadcast_to(four[:, None, None], size)
 
 
 SAME = dict(angle=0.5, zoom=0.5, shift=0.5, contrast=0.5, gamma=0.5, light=0.5, noise=0)
