@@ -271,11 +271,39 @@ def test_what_goes_wrong_while_a_batch_is_read_ahead_is_raised_when_it_is_wanted
     assert [len(batches[n][0]) for n in range(3)] == [3, 3, 1]
 
 
+def test_the_next_epoch_is_read_before_the_one_before_it_ends_and_once(notebook, arrays):
+    asked = []
+
+    class Counted(notebook.Batches):
+        def read(self, epoch, index, side):
+            asked.append((epoch, index))
+            return super().read(epoch, index, side)
+
+    batches = Counted(*arrays, range(7), 3, seed=0)
+    for _ in range(2):
+        for n in range(3):
+            batches[n]
+        batches.on_epoch_end()
+    assert all(future.result() for future in batches.coming.values())
+    ahead = 3 + 2 + 16  # batches of the first epoch, and to the sixteenth from the second's last on
+    assert sorted(asked) == [(1 + n // 3, n % 3) for n in range(ahead)]
+
+
 def test_batches_that_never_change_are_not_read_again_for_the_next_epoch(notebook, arrays):
     batches = notebook.Batches(*arrays, range(7), 3)
-    first = batches.coming[16, 0]
+    batches[0], batches[1]
+    first = batches.coming[0, 0, 16]
+    for _ in range(2):  # as often as Keras likes
+        batches.on_epoch_end()
+    assert batches.coming[0, 0, 16] is first
+    assert sorted(batches.coming) == [(0, 0, 16), (0, 2, 16)]  # the second is read when wanted
+
+
+def test_what_an_epoch_that_was_broken_off_left_is_let_go(notebook, arrays):
+    batches = notebook.Batches(*arrays, range(7), 3, seed=0)
+    batches[0]
     batches.on_epoch_end()
-    assert batches.coming[16, 0] is first
+    assert min(epoch for epoch, _, _ in batches.coming) == 2
 
 
 def test_small_batches_are_the_same_slices_at_half_the_size(notebook):
