@@ -148,6 +148,16 @@ MORE_LIGHT = {
     ),
     "random.uniform(-25, 25)": "random.uniform(-40, 40)",
 }
+DOWN_TO_HALF = {"np.exp(random.uniform(-0.25, 0.25)), ": "np.exp(random.uniform(-0.7, 0.25)), "}
+LESS_AGENT = {  # what is above 40 HU, as organs and vessels are, has less contrast
+    "grays = contrast * (np.arange(256) - 127.5) +": """grays = np.arange(256) - 127.5
+    grays[128:] *= np.exp(random.uniform(-0.8, 0))
+    grays = contrast * grays +"""
+}
+LESS_AGENT_IN_HALF = {  # of the slices
+    old: new.replace("random.uniform(-0.8, 0)", "min(random.uniform(-0.8, 0.8), 0)")
+    for old, new in LESS_AGENT.items()
+}
 KERNEL_STEP = "matrix.shape[0] ** 0.5 * orthogonalize(matrix, self.matrix_dtype)"
 SPOTS = {  # up to three rectangles of one gray value each, the mask stays
     "    return noisy.astype(np.uint8), move(": """
@@ -211,6 +221,9 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "less movement": ({}, LESS_MOVEMENT),
     "same light": ({}, SAME_LIGHT),
     "more light": ({}, MORE_LIGHT),
+    "contrast down to a half": ({}, DOWN_TO_HALF),
+    "less contrast agent": ({}, LESS_AGENT),
+    "less contrast agent in half": ({}, LESS_AGENT_IN_HALF),
     "no noise": ({}, NO_NOISE),
     "slower augmentation": ({}, SLOWER_AUGMENTATION),
     "less movement, no noise": ({}, LESS_MOVEMENT | NO_NOISE),
@@ -254,6 +267,9 @@ RECIPES = {  # parameters of the notebook, exchanged lines
     "two views": ({"VIEWS": 2}, {}),
     "four views": ({"VIEWS": 4}, {}),
     "oblique, two views": ({"VIEWS": 2}, {}),
+    "tested with less contrast agent": ({}, {}),
+    "tested 30 HU darker": ({}, {}),
+    "less contrast agent, tested with less": ({}, {}),
 }
 SLICING_OPTIONS = {
     "oblique, same steps": ["--oblique", "2"],
@@ -264,14 +280,22 @@ TRAINED_AS = {
     "two views": "ours",
     "four views": "ours",
     "oblique, two views": "oblique, same epochs",
+    "tested with less contrast agent": "ours",
+    "tested 30 HU darker": "ours",
+    "less contrast agent, tested with less": "less contrast agent",
 }  # these need no training of their own
 
 # Lines of data.py and what stands there instead.
+IN_WINDOW = "    low, high = WINDOW_HU\n"
+WITH_LESS_AGENT = {IN_WINDOW: f"    hu = np.where(hu > 45, 45 + 0.45 * (hu - 45), hu)\n{IN_WINDOW}"}
 DATA_LINES = {
     "narrower window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-100.0, 200.0)"},
     "wider window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-200.0, 300.0)"},
     "widest window": {"WINDOW_HU = (-160.0, 240.0)": "WINDOW_HU = (-300.0, 400.0)"},
     "one pixel spacing": {"sides_mm / sides_mm.max() *": "sides_mm / max(500, *sides_mm) *"},
+    "tested with less contrast agent": WITH_LESS_AGENT,
+    "tested 30 HU darker": {IN_WINDOW: f"    hu = hu - 30\n{IN_WINDOW}"},
+    "less contrast agent, tested with less": WITH_LESS_AGENT,
 }
 # How a training's slices are made where data.py alone does not make them.
 WITH_LIVER = """
