@@ -244,10 +244,11 @@ def compare_training(repeats: int, slices: int) -> None:
         "theirs": (theirs, batches_of(None)),
         "theirs at hand": (theirs, batches_of(None, at_hand=True)),
     }
-    for training in trainings.values():
+    for training in tqdm(trainings.values(), "first epochs"):
         time_epoch(*training)  # the first time builds the graph
+    rounds = tqdm(range(repeats), "epochs", unit=" rounds")
     times = pd.DataFrame(
-        [{name: time_epoch(*of) for name, of in trainings.items()} for _ in range(repeats)]
+        [{name: time_epoch(*of) for name, of in trainings.items()} for _ in rounds]
     )
     print(f"an epoch of {slices} slices in {policy} over the tutorial's, n = {repeats}")
     for name, ratio in {
