@@ -119,8 +119,9 @@ def test_kernels_are_held_at_one_norm_in_training(notebook, policy, muon):
     assert not np.allclose(norms(network)[-1], last, rtol=1e-3)  # is free
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="computes in float32 on CPUs")
 def test_no_gradient_is_lost_in_bfloat16(notebook):
+    if notebook.choose_precision("auto") == "float32":
+        pytest.skip("it computes in float32 here, where bfloat16 loses those of biases")
     random = np.random.default_rng(0)
     slices = random.integers(0, 256, (8, 128, 128, 1), np.uint8)
     masks = (ndimage.gaussian_filter(slices.astype(np.float32), (0, 3, 3, 0)) > 128) * 1.0
