@@ -121,7 +121,7 @@ def test_kernels_are_held_at_one_norm_in_training(notebook, policy, muon):
 
 def test_no_gradient_is_lost_in_bfloat16(notebook):
     if notebook.choose_precision("auto") == "float32":
-        pytest.skip("it computes in float32 here, where bfloat16 loses those of biases")
+        pytest.skip("it computes in float32 here, where bfloat16 loses gradients of biases")
     random = np.random.default_rng(0)
     slices = random.integers(0, 256, (8, 128, 128, 1), np.uint8)
     masks = (ndimage.gaussian_filter(slices.astype(np.float32), (0, 3, 3, 0)) > 128) * 1.0
