@@ -10,10 +10,6 @@ written; one who only looks odd in the table is written; either makes the exit c
 the liver that its mask leaves out is added to it, and that is printed. Stop it when you like: files
 get their names when they are whole, the next run goes on with what is missing, and nothing that is
 there is overwritten (to convert a patient again, delete the two files).
-
-`--from` takes the whole zip, zips of patients, or folders unpacked to any depth; zips in zips stay
-packed. Only PATIENT_DICOM and MASKS_DICOM are read, and in them names that begin with a dot,
-__MACOSX, DICOMDIR, Thumbs.db and desktop.ini are passed over.
 """
 
 import argparse
@@ -21,32 +17,30 @@ import errno
 import io
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pydicom
 import requests
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom.pixels import pixel_array
 from scipy import ndimage
 from tqdm import tqdm
+from volumes import ROOT, as_nifti, damaged, named, sides, whole
 
-RAW = Path(__file__).resolve().parent
-WORK = RAW / ".ircad"  # downloads, and zips taken out of zips while they are read
+RAW = ROOT / "raw"
+WORK = RAW / ".ircad"  # the downloads
 URL = "https://cloud.ircad.fr/index.php/s/JN3z7EynBiwYyjy/download"
 PAGE = "https://www.ircad.fr/research-and-development/data-sets/liver-segmentation-3d-ircadb-01/"
 LICENCE = f"""\
@@ -58,19 +52,20 @@ anatomical and medical image database", IRCAD, Strasbourg, France, Tech. Rep., 2
 """
 AGAIN = "get the data from IRCAD again"
 BY_HAND = f"get it from {PAGE} in a browser, and use --from"
-TRIES = 4  # a download
-PAUSE_S = 2.0  # before the second try; it doubles before each further one
+PAUSES_S = (2, 4, 8)  # before a download is tried again
 TIMEOUT_S = (20, 90)  # to connect; between two pieces, since the server zips while it sends
-CHUNK = 2**18  # bytes
 
 SLICES = (129, 172, 200, 91, 139, 135, 151, 124, 111, 122)  # of patients 1 to 10
 SLICES += (132, 260, 122, 113, 125, 155, 119, 74, 124, 225)  # and 11 to 20
 NUMBERS = range(1, len(SLICES) + 1)
 TEST = range(14, 21)  # seven patients, as many as the tutorial tests on
-KINDS = ("liver", "orig")  # named in this order: data.py refuses a mask without an image
+OTHER = {"train": "test", "test": "train"}
 
-IMAGES, MASKS = "patient_dicom", "masks_dicom"
-TUMOUR = re.compile("tum|cyst|kyst")  # livertumor01, livercyst, liverkyste, tumor, rightsurretumor
+ZIP = re.compile(r".*ircad.*\.zip|(patient|masks)_dicom\.zip", re.IGNORECASE)
+# a slice of the CT, the liver or a tumour: livertumor01, rightsurretumor, livercyst, liverkyste
+STACK = re.compile(
+    r".*/(patient_dicom|(?<=masks_dicom/)(?:liver|[^/]*(?:tum|cyst|kyst)[^/]*))/(.+)"
+)
 JUNK = re.compile(r"(^|/)(\.[^/]*|__MACOSX|DICOMDIR|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
 STORED_AXES = "LAS"  # nibabel's axis codes, those of the NIfTI files the tutorial used
 STEP_TOLERANCE = 0.1  # of a slice distance: positions may be rounded, a missing slice is off by 1
@@ -80,98 +75,97 @@ LIVER_HU = (0, 250)  # the median: from a fatty liver to one full of contrast me
 BODY_HU = -300  # below it lie air and lungs
 COLUMNS = ("patient", "split", "slices", "with_liver", "spacing_mm", "liver_ml", "liver_hu")
 COLUMNS += ("side", "verdict", "why")
+Reader = Callable[[], bytes]
 
 
-class Member(NamedTuple):
-    """A file in a folder or in a zip, where the zip counts as a folder of the path."""
+def fetch(url: str, number: int, path: Path) -> None:
+    """Write the zip of a patient to a file and check it by its own CRCs.
 
-    path: PurePosixPath
-    open: Callable[[], BinaryIO]
-
-
-class Slice(NamedTuple):
-    """A DICOM file: its path, its header without the pixels, and these, (rows, columns)."""
-
-    path: PurePosixPath
-    header: pydicom.Dataset
-    pixels: np.ndarray
-
-
-def damaged(path: PurePosixPath, error: Exception) -> ValueError:
-    """Return the error of a file that cannot be read to its end."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
-    return ValueError(f"{path} cannot be read ({reason}): copy it again, or {AGAIN}")
-
-
-def list_folder(folder: Path) -> list[Member]:
-    """Return the files below a folder."""
-    return [
-        Member(PurePosixPath(path.as_posix()), partial(open, path, "rb"))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not JUNK.search(path.relative_to(folder).as_posix())
-    ]
-
-
-def list_zip(zipped: Member, opened: ExitStack) -> list[Member]:
-    """Return the files in a zip, which stays packed and is open as long as `opened`.
-
-    Raises ValueError if it is damaged or if a path leads out of it.
+    Raises ValueError for no zip, an error of requests or zipfile for a zip that came damaged.
     """
+    query, headers = {"path": f"/3Dircadb1.{number}"}, {"Accept-Encoding": "identity"}
+    with requests.get(url, query, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
+        answer.raise_for_status()
+        total = int(answer.headers.get("Content-Length", 0)) or None  # None while it is zipping
+        bar = {"desc": f"patient {number}: download", "total": total}
+        with open(path, "wb") as file, tqdm.wrapattr(file, "write", **bar) as counted:
+            for piece in answer.iter_content(2**18):
+                if file.tell() == 0 and not piece.startswith(b"PK"):
+                    kind = answer.headers.get("Content-Type")
+                    raise ValueError(f"{answer.url} answers with {kind}, no zip: {BY_HAND}")
+                counted.write(piece)
+    with zipfile.ZipFile(path) as archive:
+        if name := archive.testzip():
+            raise zipfile.BadZipFile(f"{name} came damaged")
+
+
+def download(url: str, number: int, path: Path) -> None:
+    """Write the zip of a patient to a file, unless an earlier run has left it.
+
+    Raises ConnectionError if the server is out of reach, ValueError if it has no zip of this one.
+    """
+    for pause_s in (*PAUSES_S, None):
+        if path.exists():
+            return
+        try:
+            with whole(path) as (draft,):
+                fetch(url, number, draft)
+        except (requests.RequestException, zipfile.BadZipFile, zlib.error) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            reason = f"{status} {error.response.reason}" if status else type(error).__name__
+            refused = 400 <= status < 500 and status != 429  # 429: too many requests, so wait
+            if refused or pause_s is None:
+                away = isinstance(error, requests.ConnectionError | requests.Timeout)
+                kind = ConnectionError if away or status >= 500 else ValueError
+                raise kind(f"{url} gives no whole zip ({reason}): {BY_HAND}") from error
+            print(f"patient {number}: {reason}, trying again")
+            time.sleep(pause_s)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Let an error name the file that is read."""
     try:
-        file = opened.enter_context(zipped.open())
-        if isinstance(file, zipfile.ZipExtFile):  # in a zip one cannot jump about; `opened` closes
-            packed = file
-            file = opened.enter_context(tempfile.TemporaryFile(dir=WORK))  # noqa: SIM115
-            shutil.copyfileobj(packed, file)
-        archive = opened.enter_context(zipfile.ZipFile(file))
-    except OSError:
-        raise
-    except Exception as error:  # zipfile and zlib have a class of error for each kind of damage
-        raise damaged(zipped.path, error) from error
-    members = []
-    for info in archive.infolist():
-        path = PurePosixPath(info.filename.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in info.filename[:2]:
-            raise ValueError(f"{zipped.path} holds {path}, a path that leads out of it: {AGAIN}")
-        if not info.is_dir() and not JUNK.search(str(path)):
-            members.append(Member(zipped.path / path, partial(archive.open, info)))
-    return members
+        yield
+    except Exception as error:  # zipfile and pydicom have a class of error for each kind of damage
+        raise damaged(str(path), error, f"copy it again, or {AGAIN}") from error
 
 
-def patient_number(path: PurePosixPath) -> int | None:
+def patient_number(path: Path) -> int | None:
     """Return N of the last 3Dircadb1.N in a path, None if there is none."""
     found = re.findall(r"3dircadb1\.(\d+)", str(path), re.IGNORECASE)
     return int(found[-1]) if found else None
 
 
-def unpack(members: Iterable[Member], number: int | None, opened: ExitStack) -> Iterator[Member]:
-    """Yield members, and instead of a zip what is in it.
+def list_container(path: Path, read: Reader) -> Iterator[tuple[str, Reader]]:
+    """Yield (name, function that reads it) of the files in a folder, zips first, or in a zip."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*"), key=lambda file: (file.suffix.lower() != ".zip", file)):
+            if file.is_file():
+                yield file.relative_to(path).as_posix(), file.read_bytes
+        return
+    with reading(path):
+        archive = zipfile.ZipFile(path if path.exists() else io.BytesIO(read()))
+    with archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield info.filename.replace("\\", "/").lstrip("/"), partial(archive.read, info)
 
-    Zips of other patients, of meshes and labels, and those that are not IRCAD's stay as they are.
+
+def list_files(path: Path, number: int | None, read: Reader = bytes) -> Iterator:
+    """Yield (path, function that reads it) of the files in a folder or zip, and in zips in it.
+
+    Zips of other patients are not looked into. A zip counts as a folder of the paths; it is never
+    unpacked on the disk. Raises ValueError if one is damaged.
     """
-    for member in members:
-        name = member.path.name.lower()
-        known = "ircad" in name or name in (f"{IMAGES}.zip", f"{MASKS}.zip")
-        if name.endswith(".zip") and known and patient_number(member.path) in (None, number):
-            yield from unpack(list_zip(member, opened), number, opened)
+    for name, read_file in list_container(path, read):
+        file = path / name
+        if JUNK.search(name):
+            continue
+        if ZIP.fullmatch(file.name) and patient_number(file) in (None, number):
+            yield from list_files(file, number, read_file)
         else:
-            yield member
-
-
-def find_files(source: Path, number: int | None, opened: ExitStack) -> list[Member]:
-    """Return the files in a zip or a folder that are of a patient, or of nobody one could name."""
-    source = source.resolve()  # the folder's own name may tell the number
-    if source.is_dir():
-        members = list_folder(source)
-    else:
-        path = PurePosixPath(source.as_posix())
-        members = list_zip(Member(path, partial(open, source, "rb")), opened)
-    return list(unpack(members, number, opened))
-
-
-def plain_parts(path: PurePosixPath) -> list[str]:
-    """Return the parts of a path in lower case, a zip named like a folder."""
-    return [part.lower().removesuffix(".zip") for part in path.parts]
+            yield file, read_file
 
 
 def find_patients(source: Path, asked: list[int] | None) -> set[int]:
@@ -179,67 +173,56 @@ def find_patients(source: Path, asked: list[int] | None) -> set[int]:
 
     Raises FileNotFoundError if there is none, ValueError if nothing tells the number of one.
     """
-    with ExitStack() as opened:
-        paths = [member.path for member in find_files(source, None, opened)]
-    named = {patient_number(path) for path in paths} & set(NUMBERS)
-    nameless = [p for p in paths if patient_number(p) is None and IMAGES in plain_parts(p)]
-    if not named and not nameless:
+    paths = [path for path, _ in list_files(source, None)]
+    numbers = {patient_number(path) for path in paths} & set(NUMBERS)
+    nameless = [p for p in paths if not patient_number(p) and "patient_dicom" in str(p).lower()]
+    if not numbers and not nameless:
         raise FileNotFoundError(
             f"{source} holds no PATIENT_DICOM: wanted 3Dircadb1.zip, or a folder with 3Dircadb1.1, "
             "3Dircadb1.2 and so on, zipped or unpacked"
         )
-    if nameless and (named or len(asked or NUMBERS) > 1):
+    if nameless and (numbers or len(asked or NUMBERS) > 1):
         raise ValueError(
             f"{nameless[0]} does not tell which patient it is of: name a folder above it "
             "3Dircadb1.N, or give only this patient to --from and add --patients N"
         )
-    return set(asked) if nameless else named
+    return set(asked) if nameless else numbers
 
 
-def find_stacks(source: Path, number: int, opened: ExitStack) -> dict[str, list[Member]]:
-    """Return {"patient_dicom": the CT slices, "liver": those of its mask, ...} of a patient.
+class Slice(NamedTuple):
+    """A DICOM file: its path, its header without the pixels, and these, (rows, columns)."""
+
+    path: Path
+    header: pydicom.Dataset
+    pixels: np.ndarray
+
+
+def read_slice(path: Path, read: Reader) -> Slice:
+    """Return a DICOM file. Raises ValueError if it is damaged or of another kind."""
+    with reading(path):
+        header = pydicom.dcmread(io.BytesIO(read()))  # a zip compares the CRC
+        pixels = pixel_array(header)
+        del header.PixelData
+    return Slice(path, header, pixels)
+
+
+def read_stacks(source: Path, number: int) -> dict[str, list[Slice]]:
+    """Return the slices of a patient, {"patient_dicom": [...], "liver": ..., "livertumor01": ...}.
 
     A slice that is there both unpacked and zipped is taken from the zip, which has a checksum.
-    Raises FileNotFoundError if there are no slices of the CT or of the liver.
+    Raises FileNotFoundError if there are none of CT or liver, ValueError if a file is damaged.
     """
-    stacks: dict[str, dict[str, Member]] = {}
-    files = find_files(source, number, opened)
-    for member in sorted(files, key=lambda member: ".zip" in str(member.path).lower()):
-        parts = plain_parts(member.path)
-        word = IMAGES if IMAGES in parts else MASKS
-        if word in parts and patient_number(member.path) in (number, None):
-            below = parts[len(parts) - parts[::-1].index(word) :]  # such as liver, image_0
-            stack = below[0] if word == MASKS and len(below) > 1 else word
-            stacks.setdefault(stack, {})["/".join(below)] = member
-    for stack, folder in ((IMAGES, "PATIENT_DICOM"), ("liver", "MASKS_DICOM/liver")):
+    stacks: dict[str, dict[str, Slice]] = {}
+    for path, read in tqdm(list_files(source, number), f"patient {number}", unit=" files"):
+        found = STACK.fullmatch(path.as_posix().lower().replace(".zip/", "/"))
+        if found and patient_number(path) in (number, None):
+            stack, name = found.groups()
+            if name not in stacks.setdefault(stack, {}):
+                stacks[stack][name] = read_slice(path, read)
+    for stack, folder in (("patient_dicom", "PATIENT_DICOM"), ("liver", "MASKS_DICOM/liver")):
         if stack not in stacks:
             raise FileNotFoundError(f"{source} has no slices of this patient in {folder}: {AGAIN}")
-    return {stack: list(members.values()) for stack, members in stacks.items()}
-
-
-def read_slices(members: list[Member], bar: tqdm) -> list[Slice]:
-    """Return the slices of a stack in no order. Raises ValueError for a file that is no slice."""
-    slices = []
-    for member in members:
-        try:
-            with member.open() as file:
-                header = pydicom.dcmread(io.BytesIO(file.read()))  # a zip checks the CRC at the end
-            pixels = pixel_array(header)
-            del header.PixelData
-        except OSError:
-            raise
-        except Exception as error:  # pydicom has a class of error for each kind of damage
-            raise damaged(member.path, error) from error
-        if pixels.ndim != 2:
-            raise ValueError(f"{member.path} is {sides(pixels.shape)}, wanted one slice: {AGAIN}")
-        slices.append(Slice(member.path, header, pixels))
-        bar.update()
-    return slices
-
-
-def sides(shape: tuple) -> str:
-    """Return a shape as a person writes it: 512 x 512."""
-    return " x ".join(str(n) for n in shape)
+    return {stack: list(slices.values()) for stack, slices in stacks.items()}
 
 
 def vector(one: Slice, keyword: str, length: int) -> np.ndarray:
@@ -257,24 +240,11 @@ def heights(slices: list[Slice], images: list[Slice]) -> np.ndarray:
     return np.array(positions) @ np.cross(across, down)
 
 
-def check_alike(slices: list[Slice]) -> None:
-    """Raise ValueError unless the slices are of one size, orientation and spacing.
-
-    Their SeriesInstanceUIDs are not asked: two series in one folder meet at the same positions.
-    """
-    orientations = (vector(one, "ImageOrientationPatient", 6) for one in slices)
-    traits = {
-        "size": [sides(one.pixels.shape) for one in slices],
-        "orientation": [orientation.round(4).tolist() for orientation in orientations],
-        "spacing": [vector(one, "PixelSpacing", 2).round(4).tolist() for one in slices],
-    }
-    for name, values in traits.items():
-        for one, value in zip(slices, values, strict=True):
-            if value != values[0]:
-                raise ValueError(
-                    f"{one.path} has the {name} {value} and {slices[0].path.name} {values[0]}, "
-                    f"wanted one scan alone: {AGAIN}"
-                )
+def grid(one: Slice) -> str:
+    """Return what all slices of a scan have in common, as a person writes it."""
+    spacing_mm = vector(one, "PixelSpacing", 2).round(4).tolist()
+    axes = (vector(one, "ImageOrientationPatient", 6).round(4) + 0).tolist()  # no -0 but 0
+    return f"{sides(one.pixels.shape)} pixels of {sides(spacing_mm)} mm along {axes}"
 
 
 def order_slices(slices: list[Slice]) -> list[Slice]:
@@ -282,19 +252,20 @@ def order_slices(slices: list[Slice]) -> list[Slice]:
 
     Raises ValueError if they are not one scan, or if a position is there twice or is missing.
     """
-    check_alike(slices)
+    first, wanted = slices[0], grid(slices[0])
+    for one in slices:  # the SeriesInstanceUID is not asked: two series meet at the same positions
+        if (found := grid(one)) != wanted:
+            raise ValueError(f"{one.path} is {found}, but {first.path.name} {wanted}: {AGAIN}")
     if len(slices) < 2:
-        raise ValueError(f"{slices[0].path} is the only slice, wanted a whole scan: {AGAIN}")
+        raise ValueError(f"{first.path} is the only slice, wanted a whole scan: {AGAIN}")
     slices = [slices[k] for k in np.argsort(heights(slices, slices))]
     steps_mm = np.diff(heights(slices, slices))
     usual_mm = np.median(steps_mm)
     for (one, other), step_mm in zip(pairwise(slices), steps_mm, strict=True):
-        if step_mm <= STEP_TOLERANCE * usual_mm:
-            raise ValueError(f"{one.path} and {other.path.name} lie at the same position: {AGAIN}")
-        if abs(step_mm - usual_mm) > STEP_TOLERANCE * usual_mm:
+        if not abs(step_mm - usual_mm) < STEP_TOLERANCE * usual_mm:
             raise ValueError(
                 f"{one.path} and {other.path.name} lie {step_mm:g} mm apart and other neighbours "
-                f"{usual_mm:g} mm, as if a slice were missing: {AGAIN}"
+                f"{usual_mm:g} mm, as if a slice were missing or there twice: {AGAIN}"
             )
     return slices
 
@@ -323,25 +294,21 @@ def to_hu(slices: list[Slice]) -> np.ndarray:
     for k, one in enumerate(slices):
         slope = float(one.header.get("RescaleSlope") or 1)
         hu = np.rint(one.pixels * slope + float(one.header.get("RescaleIntercept") or 0))
-        if hu.min() < -(2**15) or hu.max() >= 2**15:
-            raise ValueError(
-                f"{one.path} holds {hu.min():g} to {hu.max():g} HU, wanted 16 bits: {AGAIN}"
-            )
+        low, high = hu.min(), hu.max()
+        if low < -(2**15) or high >= 2**15:
+            raise ValueError(f"{one.path} holds {low:g} to {high:g} HU, wanted 16 bits: {AGAIN}")
         volume[:, :, k] = hu.T  # (rows, columns) -> (columns, rows)
     return volume
 
 
-def by_position(slices: list[Slice], images: list[Slice]) -> list[int]:
-    """Return the index of the image slice at the position of each slice."""
+def places(slices: list[Slice], images: list[Slice], keyword: str) -> list[int]:
+    """Return the place of each slice in the CT, by ImagePositionPatient or InstanceNumber."""
+    if keyword == "InstanceNumber":
+        numbers = np.array([vector(one, keyword, 1)[0] for one in slices])
+        return (numbers - numbers.min()).tolist()
     images_mm = heights(images, images)
     step_mm = (images_mm[-1] - images_mm[0]) / (len(images) - 1)
     return np.rint((heights(slices, images) - images_mm[0]) / step_mm).tolist()
-
-
-def by_instance_number(slices: list[Slice], _: list[Slice]) -> list[int]:
-    """Return the InstanceNumber of each slice, counted from the lowest."""
-    numbers = np.array([vector(one, "InstanceNumber", 1)[0] for one in slices])
-    return (numbers - numbers.min()).tolist()
 
 
 def match_slices(masks: list[Slice], images: list[Slice]) -> np.ndarray:
@@ -358,28 +325,23 @@ def match_slices(masks: list[Slice], images: list[Slice]) -> np.ndarray:
         if one.pixels.shape != shape:
             found, wanted = sides(one.pixels.shape), sides(shape)
             raise ValueError(f"{one.path} is {found} pixels, but the CT {wanted}: {AGAIN}")
-    for places in (by_position, by_instance_number):
-        try:
-            wanted, found = places(images, images), places(masks, images)
-        except ValueError:  # a header has no such field
-            continue
-        if set(wanted) == set(found) and len(set(wanted)) == len(images):
-            if places is by_instance_number:
-                tqdm.write(f"{folder} lacks the CT's positions: it is matched by InstanceNumber")
-            at = dict(zip(found, masks, strict=True))
-            return np.stack([at[place].pixels.T > 0 for place in wanted], axis=-1)
-    raise ValueError(
-        f"{folder} has neither the positions nor the InstanceNumbers of the CT: {AGAIN}"
-    )
+    for keyword in ("ImagePositionPatient", "InstanceNumber"):
+        with suppress(ValueError):  # the headers do not have it
+            wanted = places(images, images, keyword)
+            at = dict(zip(places(masks, images, keyword), masks, strict=True))
+            if len(at) == len(images) and at.keys() == set(wanted):
+                if keyword == "InstanceNumber":
+                    print(f"{folder} lacks the CT's positions: it is matched by InstanceNumber")
+                return np.stack([at[place].pixels.T > 0 for place in wanted], axis=-1)
+    raise ValueError(f"{folder} has neither positions nor InstanceNumbers of the CT: {AGAIN}")
 
 
 def add_tumour(liver: np.ndarray, tumour: np.ndarray) -> int:
     """Add those pieces of a tumour that are in the liver to it, in place; return how many voxels.
 
-    A piece is in the liver if most of the voxels around it, which share a face with it, are liver:
-    all of them for a hole in the mask and more than half for a notch in its surface, but few for a
-    tumour of the adrenal gland that leans on the liver.
-
+    A piece is in the liver if most of the voxels that share a face with it are liver: all around a
+    hole in the mask, more than half at a notch in its surface, but few where a tumour of the
+    adrenal gland leans on the liver.
     liver, tumour : (columns, rows, slices) bool
     """
     before = np.count_nonzero(liver)
@@ -393,201 +355,101 @@ def add_tumour(liver: np.ndarray, tumour: np.ndarray) -> int:
     return np.count_nonzero(liver) - before
 
 
-def read_liver(stacks: dict[str, list[Member]], images: list[Slice], bar: tqdm) -> np.ndarray:
+def join_liver(stacks: dict[str, list[Slice]], images: list[Slice]) -> np.ndarray:
     """Return the liver, (columns, rows, slices) bool, with tumours in it that its mask leaves out.
 
-    Which masks are of tumours their names tell; which tumours are in the liver, the voxels.
     Raises ValueError if a mask does not fit the image or no liver is marked.
     """
-    liver = match_slices(read_slices(stacks["liver"], bar), images)
+    liver = match_slices(stacks["liver"], images)
     if not liver.any():
         raise ValueError(f"{stacks['liver'][0].path.parent} marks no liver in any slice: {AGAIN}")
-    for name in filter(TUMOUR.search, stacks):
-        tumour = match_slices(read_slices(stacks[name], bar), images)
-        if voxels := np.any(tumour & ~liver) and add_tumour(liver, tumour):
-            tqdm.write(
-                f"{stacks[name][0].path.parent} is in the liver: {voxels} voxels were added to it"
-            )
+    for stack in sorted(stacks.keys() - {"patient_dicom", "liver"}):  # tumours and cysts
+        if voxels := add_tumour(liver, match_slices(stacks[stack], images)):
+            folder = stacks[stack][0].path.parent
+            print(f"{folder} is in the liver: {voxels} voxels were added to it")
     return liver
 
 
-def as_nifti(volume: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
-    """Return a volume (columns, rows, slices) as NIfTI, its axes those closest to STORED_AXES."""
-    change = ornt_transform(io_orientation(affine), axcodes2ornt(STORED_AXES))
-    image = nib.Nifti1Image(volume, affine).as_reoriented(change)
-    image.set_sform(image.affine, code=1)
-    image.set_qform(image.affine, code=1)
-    image.header.set_xyzt_units("mm")
-    return image
-
-
 def pair(number: int, split: str) -> list[Path]:
-    """Return the paths of a patient's mask and image."""
-    return [RAW / split / f"ircad_e{number:02d}_{kind}.nii.gz" for kind in KINDS]
-
-
-def write_pair(finals: list[Path], images: list[nib.Nifti1Image]) -> None:
-    """Write mask and image under hidden names, and give them their names when both are whole.
-
-    Raises ValueError if one of the names is taken by another file than a stopped run leaves.
-    """
-    drafts = [path.with_name(f".{path.name}") for path in finals]
-    try:
-        for image, draft, final in zip(images, drafts, finals, strict=True):
-            nib.save(image, draft)  # gzipped at level 1 and without a date
-            if final.exists() and final.read_bytes() != draft.read_bytes():
-                raise ValueError(f"{final} has no partner and would be overwritten: take it away")
-        for draft, final in zip(drafts, finals, strict=True):
-            os.replace(draft, final)
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
+    """Return the paths of a patient's mask and image; data.py refuses a mask without an image."""
+    return [RAW / split / f"ircad_e{number:02d}_{kind}.nii.gz" for kind in ("liver", "orig")]
 
 
 def convert(source: Path, number: int, split: str) -> None:
     """Write the mask and the image of a patient.
 
-    Raises FileNotFoundError or ValueError if the DICOM files are not all there or do not fit.
+    Raises FileNotFoundError or ValueError if the DICOM files are not all there or do not fit, or
+    if another file than a stopped run leaves would be overwritten.
     """
-    with ExitStack() as opened:
-        stacks = find_stacks(source, number, opened)
-        read = [IMAGES, "liver", *filter(TUMOUR.search, stacks)]
-        total = sum(len(stacks[name]) for name in read)
-        with tqdm(desc=f"patient {number}: conversion", total=total, unit=" slices") as bar:
-            images = order_slices(read_slices(stacks[IMAGES], bar))
-            liver = read_liver(stacks, images, bar)
+    stacks = read_stacks(source, number)
+    images = order_slices(stacks["patient_dicom"])
     affine = make_affine(images)
-    volumes = liver.astype(np.uint8), to_hu(images)
-    write_pair(pair(number, split), [as_nifti(volume, affine) for volume in volumes])
+    volumes = join_liver(stacks, images).astype(np.uint8), to_hu(images)
+    paths = pair(number, split)
+    with whole(*paths) as drafts:
+        for volume, draft, path in zip(volumes, drafts, paths, strict=True):
+            nib.save(as_nifti(volume, affine, STORED_AXES), draft)  # gzipped without a date
+            if path.exists() and path.read_bytes() != draft.read_bytes():
+                raise ValueError(f"{named(path)} would be overwritten: take it away")
 
 
-def zip_of(number: int) -> Path:
-    """Return where the download of a patient goes."""
-    return WORK / f"3Dircadb1.{number}.zip"
+def is_whole(number: int, split: str) -> bool:
+    """Say whether a patient is there with mask and image."""
+    return all(path.exists() for path in pair(number, split))
 
 
-def fetch(url: str, number: int, part: Path) -> None:
-    """Write the zip of a patient to a file and check it by its own CRCs.
-
-    Raises ValueError for an answer that is no zip, and an error of requests or zipfile for one that
-    does not come or comes damaged.
-    """
-    query, headers = {"path": f"/3Dircadb1.{number}"}, {"Accept-Encoding": "identity"}
-    with requests.get(url, query, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-        answer.raise_for_status()
-        total = int(answer.headers.get("Content-Length", 0)) or None  # None while it is zipping
-        units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-        bar = tqdm(desc=f"patient {number}: download", total=total, **units)
-        with bar, open(part, "wb") as file:
-            for piece in answer.iter_content(CHUNK):
-                if file.tell() == 0 and not piece.startswith(b"PK"):
-                    kind = answer.headers.get("Content-Type")
-                    raise ValueError(f"{answer.url} answers with {kind}, no zip: {BY_HAND}")
-                bar.update(file.write(piece))
-    with zipfile.ZipFile(part) as archive:
-        if name := archive.testzip():
-            raise zipfile.BadZipFile(f"{name} came damaged")
-
-
-def download(url: str, number: int) -> Path:
-    """Return the zip of a patient, fetched unless an earlier run has left it.
-
-    Raises ConnectionError if the server is out of reach, ValueError if it has no zip of this one.
-    """
-    path = zip_of(number)
-    part = path.with_suffix(".part")
-    for attempt in range(TRIES):
-        if path.exists():
-            break
-        try:
-            fetch(url, number, part)
-            os.replace(part, path)
-        except (requests.RequestException, zipfile.BadZipFile, zlib.error) as error:
-            answer = getattr(error, "response", None)
-            status = 0 if answer is None else answer.status_code
-            reason = f"{status} {answer.reason}" if status else type(error).__name__
-            refused = 400 <= status < 500 and status != 429  # 429: too many requests, so wait
-            if refused or attempt == TRIES - 1:
-                away = isinstance(error, requests.ConnectionError | requests.Timeout)
-                kind = ConnectionError if away or status >= 500 else ValueError
-                raise kind(f"{url} gives no whole zip ({reason}): {BY_HAND}") from error
-            print(f"patient {number}: {reason}, trying again")
-            time.sleep(PAUSE_S * 2**attempt)
-        finally:
-            part.unlink(missing_ok=True)
-    return path
-
-
-def split_of(number: int, test: Iterable[int]) -> str:
-    """Return the folder in raw/ that a patient belongs in."""
-    return "test" if number in test else "train"
-
-
-def move_patients(test: Iterable[int]) -> None:
-    """Move the patients who are in the wrong one of raw/train and raw/test.
-
-    Raises ValueError, before anything moves, for one who is in both.
-    """
-    moves = []
-    for number in NUMBERS:
-        split = split_of(number, test)
-        other = "train" if split == "test" else "test"
-        moves += zip(pair(number, other), pair(number, split), strict=True)
-    moves = [(here, there) for here, there in moves if here.exists()]
+def move_patients(splits: dict[int, str]) -> None:
+    """Move who is in the wrong split. Raises ValueError, before that, for who is in both."""
+    moves = [
+        (here, there)
+        for number, split in splits.items()
+        for here, there in zip(pair(number, OTHER[split]), pair(number, split), strict=True)
+        if here.exists()
+    ]
     for here, there in moves:
         if there.exists():
-            raise ValueError(f"{here} is in raw/{there.parent.name} too: take one of them away")
+            raise ValueError(f"{named(here)} is in raw/{there.parent.name} too: take one away")
     for here, there in moves:
         os.replace(here, there)
         print(f"{here.name} moves from raw/{here.parent.name} to raw/{there.parent.name}")
 
 
-def is_whole(number: int, test: Iterable[int]) -> bool:
-    """Say whether a patient is there with mask and image."""
-    return all(path.exists() for path in pair(number, split_of(number, test)))
-
-
-def get_patients(options: argparse.Namespace) -> dict[int, str]:
+def get_patients(options: argparse.Namespace, splits: dict[int, str]) -> dict[int, str]:
     """Convert the patients who are not there yet; return {patient: why not} for those who fail.
 
     One who fails does not keep the others from going on, but a server out of reach does.
     """
-    wanted = [n for n in options.patients or NUMBERS if not is_whole(n, options.test)]
+    wanted = [n for n in options.patients or NUMBERS if not is_whole(n, splits[n])]
     found = find_patients(options.source, options.patients) if options.source and wanted else wanted
     absent = [n for n in wanted if n not in found]
     failures = {n: f"is not in {options.source}" for n in absent if options.patients}
     if absent and not options.patients:
         print(f"{options.source} does not hold patients {', '.join(map(str, absent))}")
     for number in (n for n in wanted if n in found):
+        zipped = WORK / f"3Dircadb1.{number}.zip"
         try:
-            source = options.source or download(options.url, number)
-            convert(source, number, split_of(number, options.test))
-        except ConnectionError as error:
+            if not options.source:
+                download(options.url, number, zipped)
+            convert(options.source or zipped, number, splits[number])
+        except (ValueError, FileNotFoundError, ConnectionError) as error:
             failures[number] = str(error)
-            break
-        except (ValueError, FileNotFoundError) as error:
-            failures[number] = str(error)
+            if isinstance(error, ConnectionError):
+                break
         if not options.source and not options.keep:
-            zip_of(number).unlink(missing_ok=True)
+            zipped.unlink(missing_ok=True)
     return failures
 
 
-def centre_mm(inside: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return the centroid of (x, y, z) bool in the world of its affine: mm right, front, up."""
-    weights = [np.count_nonzero(inside, axis=axes) for axes in ((1, 2), (0, 2), (0, 1))]
-    voxel = [np.average(np.arange(len(weight)), weights=weight) for weight in weights]
-    return affine[:3] @ [*voxel, 1]
-
-
-def check_patient(number: int, split: str) -> dict[str, object]:
-    """Return a line of the table: what the files of a patient hold, and what is odd about it."""
+def measure(number: int, split: str) -> dict[str, object]:
+    """Return what the files of a patient hold, and what is odd about it, for the table."""
     mask, image = (nib.load(path) for path in pair(number, split))
     inside, hu = np.asarray(mask.dataobj) > 0, np.asarray(image.dataobj)
     slices, spacing_mm = image.shape[2], image.header.get_zooms()
     liver_ml = np.count_nonzero(inside) * np.prod(spacing_mm) / 1000
     liver_hu = np.median(hu[inside])
-    apart_mm = centre_mm(inside, image.affine) - centre_mm(hu > BODY_HU, image.affine)
-    side = "right" if apart_mm[0] > 0 else "left"
+    voxels = [np.count_nonzero(part, axis=(1, 2)) for part in (inside, hu > BODY_HU)]
+    liver_x, body_x = (np.average(np.arange(len(n)), weights=n) for n in voxels)
+    side = "right" if (liver_x - body_x) * image.affine[0, 0] > 0 else "left"  # NIfTI's x: right
     odd = {
         f"{slices} slices instead of {SLICES[number - 1]}": slices != SLICES[number - 1],
         f"a liver of {liver_ml:.0f} ml": not LIVER_ML[0] <= liver_ml <= LIVER_ML[1],
@@ -606,25 +468,26 @@ def check_patient(number: int, split: str) -> dict[str, object]:
     }
 
 
-def check_patients(test: Iterable[int], failures: dict[int, str]) -> pd.DataFrame:
+def check_patients(splits: dict[int, str], failures: dict[int, str]) -> pd.DataFrame:
     """Return the table, a row for each patient who is there or failed."""
     rows = []
-    there = [number for number in NUMBERS if number in failures or is_whole(number, test)]
+    there = [n for n, split in splits.items() if n in failures or is_whole(n, split)]
     for number in tqdm(there, "checks", unit=" patients"):
-        row = {"patient": number, "split": split_of(number, test), "verdict": "failed"}
+        split, why = splits[number], failures.get(number)
+        row = {"patient": number, "split": split, "verdict": "failed", "why": why}
         try:
-            why = failures.get(number)
-            row |= {"why": why} if why else check_patient(number, row["split"])
+            row |= {} if why else measure(number, split)
         except Exception as error:  # nibabel and numpy have one for each kind of damage
-            row["why"] = str(damaged(pair(number, row["split"])[1], error))
+            image = named(pair(number, split)[1])
+            row["why"] = str(damaged(f"{image} or its mask", error, "delete both and rerun"))
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS).convert_dtypes()
 
 
 def report(table: pd.DataFrame) -> None:
     """Write the table to raw/ircad.csv, print it, and name those patients who are not ok."""
-    table.to_csv(WORK / "ircad.csv", index=False)
-    os.replace(WORK / "ircad.csv", RAW / "ircad.csv")
+    with whole(RAW / "ircad.csv") as (draft,):
+        table.to_csv(draft, index=False)
     shown = table.drop(columns="why").astype(object)
     print(shown.where(shown.notna(), "-").to_string(index=False))
     for row in table[table["verdict"] != "ok"].itertuples():
@@ -636,10 +499,9 @@ def report(table: pd.DataFrame) -> None:
 
 def prepare() -> None:
     """Make the folders, and clear away what a killed run left half-written."""
-    halves = {RAW / "train": ".ircad_e*", RAW / "test": ".ircad_e*", WORK: "*.part"}
-    for folder, names in halves.items():
+    for folder in (RAW / "train", RAW / "test", WORK):
         folder.mkdir(exist_ok=True)
-        for path in folder.glob(names):
+        for path in folder.glob(".*ircad*"):
             path.unlink()
 
 
@@ -647,31 +509,28 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     number = {"type": int, "choices": NUMBERS, "metavar": "N"}
-    parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="a zip or folder you have"
-    )
+    parser.add_argument("--from", dest="source", type=Path, metavar="PATH", help="zip or folder")
     parser.add_argument("--patients", nargs="+", help="these alone (1 to 20)", **number)
-    parser.add_argument(
-        "--test", nargs="*", default=TEST, help="for raw/test, not 14 to 20", **number
-    )
+    parser.add_argument("--test", nargs="*", default=TEST, help="for raw/test (14-20)", **number)
     parser.add_argument("--url", default=URL, help="where to download from (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the downloads, in raw/.ircad")
     options = parser.parse_args(arguments)
     if options.source and not options.source.exists():
         parser.error(f"--from {options.source}: no such file or folder")
+    options.source = options.source and options.source.resolve()  # it may tell a patient's number
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Get the patients, check them and say what comes next; errors leave in one sentence."""
     options = parse_options(arguments)
+    splits = {n: "test" if n in options.test else "train" for n in NUMBERS}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     print(LICENCE, flush=True)
     try:
         prepare()
-        move_patients(options.test)
-        failures = get_patients(options)
-        table = check_patients(options.test, failures)
+        move_patients(splits)
+        table = check_patients(splits, get_patients(options, splits))
         report(table)
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC

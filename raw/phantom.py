@@ -7,26 +7,22 @@ for medicine. Files that this script did not make are never touched.
 """
 
 import argparse
-import gzip
 import os
 import re
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise, repeat
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+import pandas as pd
 from scipy.ndimage import gaussian_filter, label
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
+from volumes import ROOT, as_nifti, named, open_volume, sides, whole
 
-RAW = Path(__file__).resolve().parent
 MARK = b"synthetic liver phantom"  # NIfTI header field `descrip`: how a rerun knows its own files
-TABLE = "{:10}  {:5}  {:14}  {:18}  {:4}  {:>8}  {:13}  {}"
-HEADINGS = ("patient", "split", "voxels", "spacing mm", "axes", "liver ml", "phase", "lesion")
 OWN_NAME = re.compile(r"phantom_\d{2,}_(orig|liver)\.nii\.gz")
 
 # One entry per patient, taken in turn, so that every default set holds some of each.
@@ -129,8 +125,6 @@ LIVER_TUBES = {
 class Canvas:
     """A label volume that knows for each voxel its place in the reference anatomy.
 
-    Attributes
-    ----------
     points : (3, x, y, z) float32, reference mm, bent by a smooth warp that differs by patient
     labels : (x, y, z) uint8, values of LABEL
     depth : (x, y, z) float32, mm to the inner face of the muscle wall, negative inside
@@ -182,13 +176,10 @@ def segments(paths: list[tuple]) -> list[tuple]:
 
 
 def smooth_noise(axes_mm: list, wavelength_mm: float, amplitude: float, rng) -> np.ndarray:
-    """Return a random field as a sum of standing waves.
+    """Return a random field as a sum of standing waves, (x, y, z) float32.
 
-    Parameters
-    ----------
-    axes_mm : three arrays, (x,), (y,) and (z,)
+    axes_mm : three arrays, (x,), (y,) and (z,); amplitude : the field's standard deviation
     wavelength_mm : of the shortest wave
-    amplitude : standard deviation of the field, which is (x, y, z) float32
     """
     waves = []
     for axis in axes_mm:
@@ -402,10 +393,8 @@ def scan(labels: np.ndarray, phase: str, rng) -> np.ndarray:
 def place_grid(matrix: int, rng) -> tuple[list[np.ndarray], tuple[float, float]]:
     """Choose a patient's size, position and slices.
 
-    Returns
-    -------
-    axes_mm : three float32 arrays, (x,), (y,) and (z,), the voxel centres in reference mm
-    spacing_mm : pixel, slice distance
+    Returns the voxel centres in reference mm, three float32 arrays (x,), (y,) and (z,), and the
+    spacing in mm: pixel, slice distance.
     """
     size = rng.uniform(0.9, 1.1)
     stretch = size * rng.uniform(0.96, 1.04, 3)
@@ -419,30 +408,20 @@ def place_grid(matrix: int, rng) -> tuple[list[np.ndarray], tuple[float, float]]
     return [axis.astype(np.float32) for axis in axes_mm], (pixel, distance)
 
 
-def as_nifti(volume: np.ndarray, spacing_mm: tuple[float, float], axes: str) -> nib.Nifti1Image:
-    """Store a volume along the voxel axes asked for; the anatomy keeps its place in the world.
+def make_affine(shape: tuple, spacing_mm: tuple[float, float], oblique: bool) -> np.ndarray:
+    """Return the affine (4, 4) in mm of a volume (x, y, z) to the patient's left, front and head.
 
-    Parameters
-    ----------
-    volume : (x, y, z), to the patient's left, to the front, up
-    spacing_mm : pixel, slice distance
-    axes : nibabel's axis codes, such as LAS
+    spacing_mm : pixel, slice distance; the world's origin is the middle of the volume
     """
     pixel, distance = spacing_mm
     affine = np.diag([-pixel, pixel, distance, 1])  # the world's x grows to the patient's right
-    affine[:3, 3] = affine[:3, :3] @ (np.subtract(1, volume.shape) / 2)
-    if axes == OBLIQUE_AXES:
+    affine[:3, 3] = affine[:3, :3] @ (np.subtract(1, shape) / 2)
+    if oblique:
         affine[:3] = Rotation.from_euler("xyz", TILT_DEGREES, degrees=True).as_matrix() @ affine[:3]
-    change = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
-    image = nib.Nifti1Image(volume, affine).as_reoriented(change)
-    image.set_sform(image.affine, code=1)
-    image.set_qform(image.affine, code=1)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = MARK
-    return image
+    return affine
 
 
-def make_patient(number: int, matrix: int, seed: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+def make_patient(number: int, matrix: int, seed: int) -> list[nib.Nifti1Image]:
     """Return a patient's CT (int16, HU) and liver mask (uint8, 0 or 1).
 
     The random stream hangs on seed and number alone: patient 3 stays the same person however many
@@ -452,8 +431,12 @@ def make_patient(number: int, matrix: int, seed: int) -> tuple[nib.Nifti1Image, 
     phase, lesion, axes = patient_kind(number)
     axes_mm, spacing_mm = place_grid(matrix, rng)
     labels = draw_labels(axes_mm, lesion, rng)
-    volume, mask = scan(labels, phase, rng), IN_LIVER[labels].astype(np.uint8)
-    return as_nifti(volume, spacing_mm, axes), as_nifti(mask, spacing_mm, axes)
+    affine = make_affine(labels.shape, spacing_mm, axes == OBLIQUE_AXES)
+    volumes = scan(labels, phase, rng), IN_LIVER[labels].astype(np.uint8)
+    images = [as_nifti(volume, affine, axes) for volume in volumes]
+    for image in images:
+        image.header["descrip"] = MARK
+    return images
 
 
 def patient_kind(number: int) -> tuple[str, str, str]:
@@ -463,57 +446,46 @@ def patient_kind(number: int) -> tuple[str, str, str]:
 
 def is_own(path: Path) -> bool:
     """Say whether this script wrote the file: name and NIfTI header must both tell so."""
-    if not OWN_NAME.fullmatch(path.name):
-        return False
     try:
-        with gzip.open(path) as file:
-            return file.read(348)[148:228].startswith(MARK)  # the bytes of `descrip`
-    except (OSError, EOFError, zlib.error):  # not gzip, or broken: somebody else's
+        own_name = OWN_NAME.fullmatch(path.name)
+        return bool(own_name) and open_volume(path).header["descrip"].item() == MARK
+    except ValueError:  # no NIfTI, or broken: somebody else's
         return False
 
 
 def find_own(folders: list[Path]) -> list[Path]:
-    """Return the phantom files in the folders.
-
-    Raises
-    ------
-    ValueError
-        if there is a NIfTI file that this script did not make
-    """
+    """Return the phantom files in the folders. Raises ValueError if there are other scans."""
     files = sorted(path for folder in folders for path in folder.glob("[!.]*"))
     scans = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
     for path in scans:
         if not is_own(path):
             raise ValueError(
-                f"{path.relative_to(RAW.parent)} was not made by this script, which wants folders"
-                " without other scans: move it away first, or keep it and run `python data.py`"
+                f"{named(path)} was not made by this script, which wants folders without other "
+                "scans: move it away first, or keep it and run `python data.py`"
             )
     return scans
 
 
-def write_patient(folder: Path, number: int, matrix: int, seed: int) -> str:
-    """Draw and store one patient; return a line for the table."""
+def write_patient(folder: Path, number: int, matrix: int, seed: int) -> dict[str, object]:
+    """Draw and store one patient; return a line of the table."""
     images = make_patient(number, matrix, seed)
-    finals = [folder / f"phantom_{number:02d}_{kind}.nii.gz" for kind in ("orig", "liver")]
-    drafts = [path.with_name(f".{path.name}") for path in finals]  # hidden until it is complete
-    try:
+    name = f"phantom_{number:02d}"
+    with whole(*(folder / f"{name}_{kind}.nii.gz" for kind in ("orig", "liver"))) as drafts:
         for image, draft in zip(images, drafts, strict=True):
-            draft.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-        for draft, final in zip(drafts, finals, strict=True):
-            os.replace(draft, final)
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
-    return describe(folder.name, finals[0].name[:10], *images, *patient_kind(number)[:2])
-
-
-def describe(split: str, name: str, image, mask, phase: str, lesion: str) -> str:
-    """Return one line of the table."""
-    sizes = image.header.get_zooms()
-    liver_ml = np.count_nonzero(mask.dataobj) * np.prod(sizes) / 1000
-    shape, spacing = " x ".join(map(str, image.shape)), " x ".join(f"{size:.2f}" for size in sizes)
-    axes = "".join(nib.aff2axcodes(image.affine))
-    return TABLE.format(name, split, shape, spacing, axes, f"{liver_ml:.0f}", phase, lesion)
+            nib.save(image, draft)  # gzipped at level 1 and without a date
+    image, mask = images
+    phase, lesion, _ = patient_kind(number)
+    sizes_mm = image.header.get_zooms()
+    return {
+        "patient": name,
+        "split": folder.name,
+        "voxels": sides(image.shape),
+        "spacing_mm": " x ".join(f"{mm:.2f}" for mm in sizes_mm),
+        "axes": "".join(nib.aff2axcodes(image.affine)),
+        "liver_ml": round(np.count_nonzero(mask.dataobj) * np.prod(sizes_mm) / 1000),
+        "phase": phase,
+        "lesion": lesion,
+    }
 
 
 def parse_options() -> argparse.Namespace:
@@ -535,7 +507,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Check the folders, remove our own older files, write the patients, print a table."""
     options = parse_options()
-    train, test = RAW / "train", RAW / "test"
+    train, test = ROOT / "raw" / "train", ROOT / "raw" / "test"
     older = find_own([train, test])
     for folder in (train, test):
         folder.mkdir(exist_ok=True)
@@ -544,9 +516,9 @@ def main() -> None:
     folders = [train] * options.train + [test] * options.test
     numbers, matrix, seed = count(1), repeat(options.matrix), repeat(options.seed)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as workers:
-        lines = workers.map(write_patient, folders, numbers, matrix, seed)
-        lines = list(tqdm(lines, "drawing", len(folders), unit="patient"))
-    print(TABLE.format(*HEADINGS), *lines, "next: python data.py", sep="\n")
+        rows = workers.map(write_patient, folders, numbers, matrix, seed)
+        rows = list(tqdm(rows, "drawing", len(folders), unit="patient"))
+    print(pd.DataFrame(rows).to_string(index=False), "next: python data.py", sep="\n")
 
 
 if __name__ == "__main__":

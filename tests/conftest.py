@@ -1,6 +1,7 @@
 """What the tests share: a folder for data.py, hand-made scans, the notebook's functions."""
 
 import ast
+import itertools
 import json
 import signal
 import sys
@@ -16,14 +17,30 @@ SHARED_SCANS = REPO.parent / "shared" / "scans"
 sys.path.insert(0, str(REPO))
 
 import data  # noqa: E402  the repo's root has to be on the path first
+from raw import volumes  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs by &
+
+ALL_AXES = [
+    "".join(codes)
+    for order in itertools.permutations(("LR", "PA", "SI"))
+    for codes in itertools.product(*order)
+]
+OBLIQUE = np.array(  # LPS axes of 1 x 1 x 2 mm, tilted by 20 degrees about the patient's x axis
+    [
+        [-1, 0, 0, 30],
+        [0, -np.cos(np.pi / 9), -2 * np.sin(np.pi / 9), 10],
+        [0, -np.sin(np.pi / 9), 2 * np.cos(np.pi / 9), -50],
+        [0, 0, 0, 1],
+    ]
+)
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """Return an empty folder with raw/train and raw/test that data.py takes for its own."""
-    monkeypatch.setattr(data, "ROOT", tmp_path)
+    for module in (data, volumes):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         (tmp_path / "raw" / split).mkdir(parents=True)
@@ -81,3 +98,8 @@ def save_patient(folder, name="p1", shape=(32, 32, 6), mask=True, **options):
     save(folder / f"{name}_orig.nii.gz", image, **options)
     if mask:
         save(folder / f"{name}_liver.nii.gz", liver, **options)
+
+
+def dice(a, b):
+    """Return the Dice score of two masks."""
+    return 2 * np.logical_and(a, b).sum() / (np.count_nonzero(a) + np.count_nonzero(b))

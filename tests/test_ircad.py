@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 import nibabel as nib
@@ -23,6 +25,7 @@ import data
 
 sys.path.insert(0, str(REPO / "raw"))
 import ircad  # noqa: E402  raw/ has to be on the path first
+import volumes  # noqa: E402
 
 AXIAL = (1, 0, 0, 0, 1, 0)
 NAMES = ("ircad_e{:02d}_liver.nii.gz", "ircad_e{:02d}_orig.nii.gz")
@@ -32,11 +35,12 @@ SERIES = generate_uid()
 @pytest.fixture
 def raw(root, monkeypatch):
     """Return an empty raw/ for script and data.py, where tiny patients pass and nobody waits."""
+    monkeypatch.setattr(volumes, "ROOT", root)
     monkeypatch.setattr(ircad, "RAW", root / "raw")
     monkeypatch.setattr(ircad, "WORK", root / "raw" / ".ircad")
     monkeypatch.setattr(ircad, "SLICES", (6,) * 20)
     monkeypatch.setattr(ircad, "LIVER_ML", (0.1, 4000))
-    monkeypatch.setattr(ircad, "PAUSE_S", 0)
+    monkeypatch.setattr(ircad, "PAUSES_S", (0, 0, 0))
     monkeypatch.setattr(ircad.signal, "signal", lambda *_: None)
     return root / "raw"
 
@@ -219,7 +223,7 @@ def test_every_geometry_has_the_affine_worked_out_by_hand(name):
     volume = np.arange(8 * 6 * 5, dtype=np.int16).reshape(8, 6, 5)  # (columns, rows, slices)
     files = stack(volume, first, step, orientation=orientation, spacing=(3, 1.5))
     slices = ircad.order_slices(read(files))
-    stored = ircad.as_nifti(ircad.to_hu(slices), ircad.make_affine(slices))
+    stored = ircad.as_nifti(ircad.to_hu(slices), ircad.make_affine(slices), "LAS")
     np.testing.assert_allclose(stored.affine[:3], expected, atol=1e-6)
     across, down = np.reshape(orientation, (2, 3))
     for column, row, k in np.ndindex(volume.shape):  # every voxel is where its DICOM file says
@@ -230,11 +234,8 @@ def test_every_geometry_has_the_affine_worked_out_by_hand(name):
 
 def read(files):
     """Return the slices of {name: bytes} in the order of the names' letters."""
-    members = [
-        ircad.Member(ircad.PurePosixPath("folder", name), lambda file=files[name]: io.BytesIO(file))
-        for name in sorted(files)
-    ]
-    return ircad.read_slices(members, ircad.tqdm(disable=True))
+    paths = [Path("folder", name) for name in sorted(files)]
+    return [ircad.read_slice(path, partial(files.get, path.name)) for path in paths]
 
 
 def test_slices_are_ordered_by_position_and_not_by_name():
@@ -347,98 +348,63 @@ def test_what_the_liver_mask_leaves_out_is_added_and_printed(raw, tmp_path, caps
     assert "MASKS_DICOM/tumor" not in said
 
 
-def unpacked(files, folder):
-    return put(folder / "3Dircadb1" / "3Dircadb1.1", files).parent
+def under(folder, files):
+    return {f"{folder}/{path}": content for path, content in files.items()}
 
 
-def unpacked_twice(files, folder):
-    return put(folder / "3Dircadb1.1", {f"{p.split('/')[0]}/{p}": files[p] for p in files}).parent
+def twice(files):
+    return {f"3Dircadb1.1/{path.split('/')[0]}/{path}": file for path, file in files.items()}
 
 
-def unpacked_patient(files, folder):
-    return put(folder / "3Dircadb1.1", files)
-
-
-def inner_zips(files, folder):
-    return put(folder / "3Dircadb1", as_shipped(files))
-
-
-def flat_inner_zips(files, folder):
+def flat_inner_zips(files):
     parts = {"PATIENT_DICOM": {}, "MASKS_DICOM": {}}
     for path, content in files.items():
         part, rest = path.split("/", 1)
         parts[part][rest] = content
-    return put(folder, {f"3Dircadb1.1/{part}.zip": zipped(held) for part, held in parts.items()})
+    return {f"3Dircadb1.1/{part}.zip": zipped(held) for part, held in parts.items()}
 
 
-def patient_zips(files, folder):
-    return put(folder, {"3Dircadb1.1.zip": zipped(as_shipped(files))})
+def patient_zip(files):
+    return {"3Dircadb1.1.zip": zipped(as_shipped(files))}
 
 
-def one_patient_zip(files, folder):
-    return put(folder, {"3Dircadb1.1.zip": zipped(as_shipped(files))}) / "3Dircadb1.1.zip"
-
-
-def whole_zip(files, folder):
-    tree = {f"3Dircadb1/{path}": content for path, content in as_shipped(files).items()}
-    return put(folder, {"data.zip": zipped(tree)}) / "data.zip"
-
-
-def whole_zip_of_stored_zips(files, folder):
+def stored_zips(files):
     inner = {"3Dircadb1/3Dircadb1.1.zip": zipped(as_shipped(files), zipfile.ZIP_STORED)}
-    return put(folder, {"3Dircadb1.zip": zipped(inner, zipfile.ZIP_STORED)}) / "3Dircadb1.zip"
+    return {"3Dircadb1.zip": zipped(inner, zipfile.ZIP_STORED)}
 
 
-def whole_zip_in_a_folder(files, folder):
-    whole_zip_of_stored_zips(files, folder)
-    put(folder, {"holiday.zip": b"no zip at all", "notes.txt": b"x"})
-    return folder
-
-
-def zip_of_plain_files(files, folder):
-    tree = {f"3Dircadb1.1/{path}": content for path, content in files.items()}
-    return put(folder, {"3Dircadb1.zip": zipped(tree)}) / "3Dircadb1.zip"
-
-
-def with_junk(files, folder):
-    junk = {
+def with_junk(files):
+    return under("3Dircadb1.1", files) | {
         "3Dircadb1.1/PATIENT_DICOM/.DS_Store": b"x",
         "3Dircadb1.1/PATIENT_DICOM/._image_1": b"x",
         "3Dircadb1.1/PATIENT_DICOM/DICOMDIR": b"x",
+        "3Dircadb1.1/._3Dircadb1.1.zip": b"x",
         "__MACOSX/3Dircadb1.1/PATIENT_DICOM/._image_1": b"x",
         "3Dircadb1.1/LABELLED_DICOM/image_0": b"x",
     }
-    return put(put(folder, {f"3Dircadb1.1/{p}": f for p, f in files.items()}), junk)
 
 
-def zipped_with_junk(files, folder):
-    tree = {f"3Dircadb1.1/{p}": f for p, f in files.items()}
-    tree["__MACOSX/3Dircadb1.1/PATIENT_DICOM/._image_1"] = b"x"
-    tree["3Dircadb1.1/PATIENT_DICOM/.DS_Store"] = b"x"
-    return put(folder, {"a.zip": zipped(tree)}) / "a.zip"
+LAYOUTS = {  # what is given to --from, and what lies there, {path: bytes}
+    "unpacked": ("3Dircadb1", partial(under, "3Dircadb1/3Dircadb1.1")),
+    "unpacked twice": ("", twice),
+    "unpacked patient": ("3Dircadb1.1", partial(under, "3Dircadb1.1")),
+    "inner zips": ("3Dircadb1", lambda files: under("3Dircadb1", as_shipped(files))),
+    "flat inner zips": ("", flat_inner_zips),
+    "patient zips": ("", patient_zip),
+    "one patient's zip": ("3Dircadb1.1.zip", patient_zip),
+    "whole zip": ("a.zip", lambda files: {"a.zip": zipped(under("3Dircadb1", as_shipped(files)))}),
+    "whole zip of stored zips": ("3Dircadb1.zip", stored_zips),
+    "whole zip in a folder": ("", lambda files: stored_zips(files) | {"b.zip": b"no", "c": b"x"}),
+    "zip of plain files": ("a.zip", lambda files: {"a.zip": zipped(under("3Dircadb1.1", files))}),
+    "with junk": ("", with_junk),
+    "zipped with junk": ("a.zip", lambda files: {"a.zip": zipped(with_junk(files))}),
+}
 
 
-LAYOUTS = [
-    unpacked,
-    unpacked_twice,
-    unpacked_patient,
-    inner_zips,
-    flat_inner_zips,
-    patient_zips,
-    one_patient_zip,
-    whole_zip,
-    whole_zip_of_stored_zips,
-    whole_zip_in_a_folder,
-    zip_of_plain_files,
-    with_junk,
-    zipped_with_junk,
-]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_arrays(raw, tmp_path, layout):
-    folder = tmp_path / "somewhere"
-    assert run("--from", layout(patient(), folder)) == 0
+    source, lay = LAYOUTS[layout]
+    assert run("--from", put(tmp_path / "somewhere", lay(patient())) / source) == 0
     image, liver = body_and_liver()
     for found, expected in zip(arrays(raw), (image, liver), strict=True):
         np.testing.assert_array_equal(found, expected[:, ::-1])
@@ -446,10 +412,9 @@ def test_every_layout_gives_the_same_arrays(raw, tmp_path, layout):
 
 
 def test_a_folder_unpacked_beside_its_zip_is_read_from_the_zip(raw, tmp_path):
-    folder = inner_zips(patient(), tmp_path)
     cut_off = {path: file[:99] for path, file in patient().items() if "image_0" in path}
-    put(folder / "3Dircadb1.1", cut_off)  # somebody stopped unpacking
-    assert run("--from", folder) == 0
+    folder = put(tmp_path / "a", under("3Dircadb1.1", cut_off))  # somebody stopped unpacking
+    assert run("--from", put(folder, as_shipped(patient()))) == 0
     assert arrays(raw)[0].shape == (32, 32, 6)
 
 
@@ -493,7 +458,7 @@ def test_a_patient_in_both_splits_stops_everything_before_anything_moves(raw, tm
     for split, number in (("train", 1), ("train", 14), ("test", 14), ("test", 1)):
         (raw / split / NAMES[1].format(number)).write_text("mine")
     assert run("--from", tmp_path, "--test", 14) == 1
-    assert "raw/train too: take one of them away" in capsys.readouterr().err
+    assert "raw/train too: take one away" in capsys.readouterr().err
     assert len(list(raw.glob("*/*.nii.gz"))) == 4
 
 
@@ -534,31 +499,37 @@ FILE_ERRORS = {
     "no CT": (without("PATIENT"), "no slices of this patient in PATIENT_DICOM"),
     "a slice missing": (without("image_3"), "image_2 and image_4 lie 4 mm apart"),
     "a single slice": (lambda files: [without(f"_{k}")(files) for k in range(1, 6)], "only slice"),
-    "a slice twice": (edited(CT, position=(0, 0, 4)), "lie at the same position"),
+    "a slice twice": (edited(CT, position=(0, 0, 4)), "image_2 and image_3 lie 0 mm apart"),
     "two series": (
         lambda files: files.update({"PATIENT_DICOM/b/image_3": files[CT], CT: files[CT]}),
-        "lie at the same position",
+        "image_3 lie 0 mm apart and other neighbours 2 mm",
     ),
-    "two orientations": (edited(CT, orientation=(0, 1, 0, 1, 0, 0)), "has the orientation"),
-    "two spacings": (edited(CT, spacing=(2, 1)), "has the spacing [2.0, 1.0]"),
-    "two sizes": (replaced(CT, SMALL), "has the size 8 x 8"),
+    "two orientations": (edited(CT, orientation=(0, 1, 0, 1, 0, 0)), "along [0.0, 1.0, 0.0, 1.0"),
+    "two spacings": (edited(CT, spacing=(2, 1)), "image_3 is 32 x 32 pixels of 2.0 x 1.0 mm"),
+    "two sizes": (replaced(CT, SMALL), "image_3 is 8 x 8 pixels of 1.0 x 1.0 mm"),
     "no position": (edited(CT, ImagePositionPatient=None), "has no ImagePositionPatient"),
     "no orientation": (edited(CT, ImageOrientationPatient=None), "no ImageOrientationPatient"),
     "no spacing": (edited(CT, PixelSpacing=None), "has no PixelSpacing"),
     "beyond 16 bits": (edited(CT, RescaleSlope=100), "-100000 to 70000 HU, wanted 16 bits"),
-    "no DICOM": (replaced(CT, b"not at all"), "image_3 cannot be read (InvalidDicomError"),
-    "cut off": (lambda files: files.update({CT: files[CT][:-9]}), "image_3 cannot be read ("),
+    "no DICOM": (
+        replaced(CT, b"not at all"),
+        "image_3 cannot be read as a whole file (InvalidDicomError",
+    ),
+    "cut off": (
+        lambda files: files.update({CT: files[CT][:-9]}),
+        "image_3 cannot be read as a whole file (",
+    ),
     "another mask size": (replaced(MASK, SMALL), "is 8 x 8 pixels, but the CT 32 x 32"),
     "a mask elsewhere": (
         replaced(MASK, dicom(np.zeros((32, 32), np.uint8), (0, 0, 99), 44)),
-        "neither the positions nor the InstanceNumbers",
+        "neither positions nor InstanceNumbers",
     ),
     "an empty mask": (
         lambda files: files.update(patient(body_and_liver()[0], liver=np.zeros((32, 32, 6)))),
         "marks no liver",
     ),
-    "in colour": (edited(CT, SamplesPerPixel=3), "image_3 cannot be read ("),
-    "two frames": (edited(CT, NumberOfFrames=2, Rows=16), "image_3 is 2 x 16 x 32, wanted one"),
+    "in colour": (edited(CT, SamplesPerPixel=3), "image_3 cannot be read as a whole file ("),
+    "two frames": (edited(CT, NumberOfFrames=2, Rows=16), "image_3 is 2 x 16 x 32 pixels"),
 }
 
 
@@ -583,25 +554,23 @@ def test_files_that_do_not_fit_are_named_in_one_sentence_and_others_go_on(
 
 
 @pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../evil", "C:/evil", "..\\evil"])
-def test_a_zip_with_paths_that_lead_out_of_it_is_refused(raw, tmp_path, capsys, path):
-    content = zipped({f"3Dircadb1.1/{p}": f for p, f in patient().items()} | {path: b"evil"})
+def test_paths_in_a_zip_that_lead_out_of_it_lead_nowhere(raw, tmp_path, path):
+    content = zipped(as_shipped(patient()) | {path: b"evil"})
     put(tmp_path, {"3Dircadb1.zip": content})
-    assert run("--from", tmp_path / "3Dircadb1.zip") == 1
-    assert "leads out of it" in capsys.readouterr().err
-    inner = zipped({f"PATIENT_DICOM/{path}": b"evil", path: b"evil"})
-    put(tmp_path, {"3Dircadb1.1/PATIENT_DICOM.zip": inner})
-    assert run("--from", tmp_path / "3Dircadb1.1") == 1
-    assert "leads out of it" in capsys.readouterr().out
-    assert names(raw, "train") == []
-    assert not list(tmp_path.rglob("*evil*"))
+    assert run("--from", tmp_path / "3Dircadb1.zip") == 0
+    assert names(raw, "train") == [name.format(1) for name in NAMES]
+    assert leftovers(raw) == [] == list(tmp_path.rglob("*evil*"))
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"3Dircadb1.zip": b"<html>"}, "3Dircadb1.zip cannot be read (BadZipFile"),
+        ({"3Dircadb1.zip": b"<html>"}, "3Dircadb1.zip cannot be read as a whole file (BadZipFile"),
         ({"3Dircadb1.zip": zipped({"a/b": b"c"})}, "holds no PATIENT_DICOM: wanted 3Dircadb1.zip"),
-        ({"3Dircadb1.zip": one[:-30] if (one := zipped({"a": b"b"})) else b""}, "cannot be read"),
+        (
+            {"3Dircadb1.zip": one[:-30] if (one := zipped({"a": b"b"})) else b""},
+            "cannot be read as",
+        ),
     ],
 )
 def test_a_source_without_patients_is_one_sentence(raw, tmp_path, capsys, content, sentence):
@@ -614,7 +583,7 @@ def test_a_source_without_patients_is_one_sentence(raw, tmp_path, capsys, conten
 
 
 def test_a_damaged_slice_in_a_zip_is_found_by_its_checksum(raw, tmp_path, capsys):
-    content = bytearray(zipped({f"3Dircadb1.1/{p}": f for p, f in patient().items()}, 0))
+    content = bytearray(zipped(under("3Dircadb1.1", patient()), 0))
     content[content.index(b"\x00\x00\xff\xfc") if b"\x00\x00\xff\xfc" in content else 5000] ^= 1
     put(tmp_path, {"3Dircadb1.zip": bytes(content)})
     assert run("--from", tmp_path / "3Dircadb1.zip", "--patients", 1) == 1
@@ -671,23 +640,27 @@ def test_a_file_that_lacks_its_partner_is_never_overwritten(raw, tmp_path, capsy
     assert names(raw, "train") == [mine.name]
 
 
-def test_stopped_between_the_two_names_it_leaves_a_pair_that_data_py_refuses_and_completes_it(
-    raw, tmp_path, capsys, monkeypatch
-):
-    source = put(tmp_path / "3Dircadb1.1", patient())
-    replace = ircad.os.replace
+@pytest.mark.parametrize("name", range(2))
+def test_stopped_between_the_names_it_leaves_neither_file(raw, tmp_path, capsys, monkeypatch, name):
+    source, replace = put(tmp_path / "3Dircadb1.1", patient()), volumes.os.replace
 
     def stop(here, there):
         replace(here, there)
-        raise KeyboardInterrupt
+        if there.name == NAMES[name].format(1):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as interruption:
-        interruption.setattr(ircad.os, "replace", stop)
+        interruption.setattr(volumes.os, "replace", stop)
         assert run("--from", source) == 1
     assert "interrupted, the same command goes on" in capsys.readouterr().err
-    assert names(raw, "train") == [NAMES[0].format(1)]
-    with pytest.raises(SystemExit, match="has no image"):
-        data.main(["--size", "32"])
+    assert names(raw, "train") == leftovers(raw) == []
+    assert run("--from", source) == 0
+
+
+def test_killed_between_the_names_it_goes_on(raw, tmp_path):
+    source = put(tmp_path / "3Dircadb1.1", patient())
+    run("--from", source)
+    (raw / "train" / NAMES[1].format(1)).unlink()
     assert run("--from", source) == 0
     assert names(raw, "train") == [name.format(1) for name in NAMES]
 
@@ -748,7 +721,8 @@ def test_a_file_that_was_damaged_later_is_named(raw, tmp_path, capsys):
     path = raw / "train" / NAMES[1].format(1)
     path.write_bytes(path.read_bytes()[:-40])
     assert run("--from", source) == 1
-    assert f"patient 1 failed: {path} cannot be read" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"patient 1 failed: raw/train/{path.name} or its mask cannot be read" in said
 
 
 def test_the_known_counts_are_those_of_twenty_patients():
@@ -855,7 +829,7 @@ def test_trouble_that_passes_is_waited_out_with_growing_pauses(
     raw, serve, trouble, monkeypatch, capsys
 ):
     pauses = []
-    monkeypatch.setattr(ircad, "PAUSE_S", 2)
+    monkeypatch.setattr(ircad, "PAUSES_S", (2, 4, 8))
     monkeypatch.setattr(ircad.time, "sleep", pauses.append)
     server = serve({1: [trouble] * 3 + ["zip"]})
     assert run("--url", server.url, "--patients", 1) == 0
@@ -902,7 +876,7 @@ def test_a_server_that_is_down_is_not_asked_for_twenty_patients(raw, serve, caps
 
 def test_a_server_that_says_nothing_more_is_given_up(raw, serve, capsys, monkeypatch):
     monkeypatch.setattr(ircad, "TIMEOUT_S", (5, 0.05))
-    monkeypatch.setattr(ircad, "TRIES", 2)
+    monkeypatch.setattr(ircad, "PAUSES_S", (0,))
     server = serve({1: ["wait", "wait"]})
     assert run("--url", server.url, "--patients", 1) == 1
     assert "patient 1 failed: " in capsys.readouterr().out
@@ -920,13 +894,19 @@ def test_a_disk_that_fills_while_downloading_is_one_sentence(raw, serve, capsys,
     assert "the disk is full" in capsys.readouterr().err
 
 
+def copy_script(folder):
+    """Copy the script, and the module that it needs."""
+    for name in ("ircad.py", "volumes.py"):
+        shutil.copy(REPO / "raw" / name, folder)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stopped_in_a_download_it_goes_on_with_what_is_missing(raw, serve, stop):
-    shutil.copy(REPO / "raw" / "ircad.py", raw)
+    copy_script(raw)
     server = serve({1: ["zip"], 2: ["wait", "zip"]})
     options = ["--url", server.url, "--patients", "1", "2"]
     process = subprocess.Popen(
-        [sys.executable, "raw/ircad.py", *options],
+        [sys.executable, "-B", "raw/ircad.py", *options],
         cwd=raw.parent,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -939,7 +919,8 @@ def test_stopped_in_a_download_it_goes_on_with_what_is_missing(raw, serve, stop)
     if stop != signal.SIGKILL:
         assert process.returncode == 1
         assert said[-1].endswith("interrupted, the same command goes on with what is missing")
-    (raw / "ircad.py").unlink()
+    for script in raw.glob("*.py"):
+        script.unlink()
     assert run(*options) == 0
     assert server.asked == [1, 2, 2]
     assert len(names(raw, "train")) == 4
@@ -948,7 +929,7 @@ def test_stopped_in_a_download_it_goes_on_with_what_is_missing(raw, serve, stop)
 
 def test_killed_while_writing_it_clears_the_halves_away(raw, tmp_path):
     (raw / ".ircad").mkdir()
-    for half in (raw / "test" / ".ircad_e14_orig.nii.gz", raw / ".ircad" / "3Dircadb1.2.part"):
+    for half in (raw / "test" / ".ircad_e14_orig.nii.gz", raw / ".ircad" / ".3Dircadb1.2.zip"):
         half.write_text("half")
     (raw / "train" / "volume-9.nii.part").write_text("a browser's download")
     assert run("--from", put(tmp_path / "3Dircadb1.1", patient())) == 0
@@ -958,12 +939,11 @@ def test_killed_while_writing_it_clears_the_halves_away(raw, tmp_path):
 
 
 def test_importing_the_script_does_nothing(tmp_path):
-    shutil.copy(REPO / "raw" / "ircad.py", tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", "import ircad"], cwd=tmp_path, capture_output=True, text=True
-    )
+    copy_script(tmp_path)
+    command = [sys.executable, "-B", "-c", "import ircad"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["ircad.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ircad.py", "volumes.py"]
 
 
 @pytest.mark.skipif(
