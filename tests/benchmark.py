@@ -159,21 +159,22 @@ def measure_export(folder: Path, repeats: int) -> None:
     from conftest import load_notebook  # here, because Keras takes seconds and threads to import
 
     notebook = load_notebook()
+    import data
+
     probabilities = np.load(folder / "probabilities.npy", mmap_mode="r")
-    columns = {"patient": "scan", "image": str(folder / "scan_orig.nii"), "mask": ""}
-    slices = pd.DataFrame(columns, range(LARGE[2]))
-    own, exports = peak_mib(), []
+    scan, own, exports = folder / "scan_orig.nii", peak_mib(), []
     for _ in range(repeats):
         start = time.perf_counter()
-        notebook.export_patients(probabilities, slices, folder, 5, True)
+        mask = notebook.make_mask(np.asarray(probabilities), scan, 5)
+        data.write_mask(folder / "scan_liver.nii.gz", mask, scan)
         exports.append(time.perf_counter() - start)
     export, more = statistics.median(exports), peak_mib() - own
-    network = notebook.unet(256, 32, 128.0, 64.0)
-    model = notebook.in_precision(network, notebook.choose_precision("auto"))
-    batches = notebook.Batches(np.zeros((40, 256, 256), np.uint8), None, range(40), 10)
-    model.predict(batches, verbose=0)  # the first time builds the graph
+    model = notebook.unet(256, 32, 128.0, 64.0)
+    notebook.compute_in(model, notebook.choose_precision("auto"))
+    slices = np.zeros((40, 256, 256, 1), np.uint8)
+    model.predict(slices, batch_size=10, verbose=0)  # the first time builds the graph
     start = time.perf_counter()
-    model.predict(batches, verbose=0)
+    model.predict(slices, batch_size=10, verbose=0)
     prediction = (time.perf_counter() - start) / 40 * LARGE[2]
     print(
         f"export of {LARGE}: median {export:.2f} s, {export / prediction:.3f} times its prediction "
@@ -182,30 +183,15 @@ def measure_export(folder: Path, repeats: int) -> None:
 
 
 def time_epoch(model, batches) -> float:
-    """Return the seconds from the end of one epoch to that of the next, with a progress bar."""
+    """Return the seconds from the end of one epoch to that of the next."""
     import keras
-    from tqdm.keras import TqdmCallback
 
     ends: list[float] = []
     stamp = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter())
     )
-    with open(os.devnull, "w") as nowhere:
-        progress = TqdmCallback(verbose=1, tqdm_class=tqdm, file=nowhere)
-        progress.async_safe = stamp.async_safe = True  # as in the notebook
-        callbacks = [progress, stamp]
-        model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[stamp])
     return ends[1] - ends[0]
-
-
-def time_reading(batches) -> float:
-    """Return the seconds in which the readers are ready with a batch, where nothing else runs."""
-    for _ in range(2):  # the first time fills what is read ahead
-        start = time.perf_counter()
-        for index in range(len(batches)):
-            batches[index]
-        batches.on_epoch_end()
-    return (time.perf_counter() - start) / len(batches)
 
 
 def compare_training(repeats: int, slices: int) -> None:
@@ -214,34 +200,43 @@ def compare_training(repeats: int, slices: int) -> None:
     The tutorial's is that of its network, with Adam, on slices as they are, in the same precision
     and batches of 10 like ours. Slices come from memory; at hand are those that were read and
     augmented before. With few slices reading hardly overlaps learning, so its share is an upper
-    bound. Small slices first are half of the epochs at half the size.
+    bound.
     """
+    import keras
     from conftest import load_notebook
+
+    class AtHand(keras.utils.PyDataset):
+        def __init__(self, ready):
+            super().__init__()
+            self.ready = ready
+
+        def __len__(self):
+            return len(self.ready)
+
+        def __getitem__(self, index):
+            return self.ready[index]
 
     notebook = load_notebook()
     policy, random = notebook.choose_precision("auto"), np.random.default_rng(0)
     imgs = random.integers(0, 256, (slices, 256, 256), np.uint8)
 
     def model_of(ours: bool):
-        network = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
-        model = notebook.in_precision(network, policy)
+        model = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
+        notebook.compute_in(model, policy)
         optimizer = notebook.Muon(1e-3, model.layers[1].compute_dtype) if ours else "adam"
         model.compile(optimizer, notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
         return model
 
-    def batches_of(augment, side: int = 256, at_hand: bool = False):
+    def batches_of(augment, at_hand: bool = False):
         batches = notebook.Batches(imgs, imgs // 128, range(slices), 10, 0, augment)
-        batches.side = side
         if at_hand:
-            ready = [batches.read(1, n, side) for n in range(len(batches))]
-            batches.read = lambda epoch, index, side: ready[index]
+            return AtHand([batches[n] for n in range(len(batches))])
         return batches
 
     ours, theirs = model_of(True), model_of(False)
     trainings = {
         "ours": (ours, batches_of(notebook.augment)),
         "at hand": (ours, batches_of(notebook.augment, at_hand=True)),
-        "small": (ours, batches_of(notebook.augment, side=128)),
         "theirs": (theirs, batches_of(None)),
         "theirs at hand": (theirs, batches_of(None, at_hand=True)),
     }
@@ -254,7 +249,6 @@ def compare_training(repeats: int, slices: int) -> None:
     print(f"an epoch of {slices} slices in {policy} over the tutorial's, n = {repeats}")
     for name, ratio in {
         "ours": times.ours / times.theirs,
-        "ours, small slices first": (times.ours + times.small) / 2 / times.theirs,
         "both with slices at hand": times["at hand"] / times["theirs at hand"],
     }.items():
         print(f"  {name}: median {ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})")
@@ -264,10 +258,6 @@ def compare_training(repeats: int, slices: int) -> None:
         f"  reading and augmenting: median {waits.median():.1%} of ours "
         f"({waits.min():.1%} to {waits.max():.1%}), a step of which takes {step_ms:.1f} ms"
     )
-    reading_ms = 1000 * statistics.median(
-        time_reading(batches_of(notebook.augment)) for _ in range(repeats)
-    )
-    print(f"  a batch is read and augmented in {reading_ms:.1f} ms where nothing else runs")
 
 
 def main() -> None:

@@ -51,7 +51,6 @@ RECIPES = {  # parameters of the notebook
     "no augmentation": {"AUGMENT": False},
     "constant learning rate": {"DECAY": False},
     "not smoothed": {"SMOOTH_MM": 0},
-    "all pieces": {"LARGEST_PIECE": False},
     "no patient held out": {"VALIDATION_SHARE": 0, "VALIDATION_PATIENTS": []},
 }
 
