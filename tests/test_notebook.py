@@ -139,7 +139,7 @@ def test_the_patients_with_the_fewest_slices_are_held_out_whole_or_those_named(n
         assert notebook.hold_out(slices, share, []) == held
         assert notebook.hold_out(slices[::-1], share, []) == held
     assert notebook.hold_out(slices, 0.25, ["d", "c"]) == ["c", "d"]
-    with pytest.raises(ValueError, match="leaves none to train on"):
+    with pytest.raises(ValueError, match="leaves no training patient"):
         notebook.hold_out(["a"], 0.2, [])
     with pytest.raises(ValueError, match="names \\['x'\\]"):
         notebook.hold_out(["a", "b"], 0.2, ["x"])
