@@ -12,7 +12,8 @@ It reads `NAME_orig.nii.gz` with `NAME_liver.nii.gz` (or LiTS's `volume-N` with 
     masks_train.npy    (slices, rows, columns) uint8, 1 in the liver and 0 elsewhere
     slices_train.csv   a line a slice: patient, slice index in the file, tilt, liver or not, files
 
-Slices are axial and upright: the patient's right on the left of the picture, front at the top.
+Slices are axial and upright: the patient's right on the left of the picture, front at the top. A
+slice is (rows, columns) as in the scan, a picture is a slice resized and padded to size x size.
 With --oblique each training scan is cut in addition along axes that lean; tilt says how, 0 is
 axial, and the slice index then counts along the tilted axis.
 `restore` is the way back, from slices to the voxels of the file they came from.
@@ -40,9 +41,9 @@ from raw.volumes import ROOT, Patient, named
 WORKERS = min(os.cpu_count() or 1, 8)  # threads; a volume each takes memory
 SIZE = 256  # pixels a side as in the tutorial; four poolings want a multiple of 16
 WINDOW_HU = (-160.0, 240.0)  # the abdominal soft-tissue window: level 40, width 400
+# How the stacks of tilt 0, 1, 2, ... lean, (towards, degrees): their axis, from the head towards
+# 1 the back or 2 the patient's left, so that they turn about the left-right or front-back axis.
 TILTS = ((1, 0), (1, 20), (2, 20), (1, -20), (2, -20))
-# Slices of tilt 0, 1, 2, ... follow an axis that leans by so many degrees from the head towards 1
-# the back or 2 the patient's left: they tilt about the scan's left-right or front-back axis.
 AXIAL = range(1)  # the tilts that are cut without --oblique
 AIR_HU = -1000.0  # what lies beyond a volume
 FILES = ("imgs_{}.npy", "masks_{}.npy", "slices_{}.csv")  # what a split is written to
@@ -135,7 +136,7 @@ def slice_image(path: Path, size: int, tilts: range = AXIAL) -> np.ndarray:
     """Return a CT volume as pictures, (slices, size, size) uint8, gray values of WINDOW_HU."""
     voxels, slope, inter = volumes.read_image(path)
     slices = cut(voxels, path, tilts, outside=(AIR_HU - inter) / slope)
-    grays = (to_gray(whole_slice.astype(np.float32) * slope + inter) for whole_slice in slices)
+    grays = (to_gray(pixels.astype(np.float32) * slope + inter) for pixels in slices)
     return to_pictures(grays, path, size, tilts)
 
 
@@ -145,7 +146,7 @@ def slice_mask(path: Path, scan: Path, size: int, tilts: range = AXIAL) -> np.nd
     The scan's header rules for both, so that rounding in the mask's cannot part them.
     """
     slices = cut(volumes.read_mask(path), scan, tilts, outside=0)
-    grays = (whole_slice.astype(np.uint8) * 255 for whole_slice in slices)
+    grays = (pixels.astype(np.uint8) * 255 for pixels in slices)
     return (to_pictures(grays, scan, size, tilts) >= 128).astype(np.uint8)
 
 
@@ -204,7 +205,7 @@ def frame(scan: Path, size: int) -> tuple[slice, slice]:
     return tuple(slice((size - n) // 2, (size - n) // 2 + n) for n in pixels)
 
 
-def to_upright(scan: Path) -> np.ndarray:
+def upright_orientation(scan: Path) -> np.ndarray:
     """Return nibabel's orientation transform from the axes of a scan to the closest of L, P, S."""
     stored = orientations.io_orientation(volumes.open_volume(scan).affine)
     return orientations.ornt_transform(stored, orientations.axcodes2ornt("LPS"))
@@ -216,18 +217,18 @@ def upright(volume: np.ndarray, scan: Path) -> np.ndarray:
     (slices, rows, columns): slices from the feet up, rows from front to back, columns from the
     patient's right to left.
     """
-    lps = orientations.apply_orientation(volume, to_upright(scan))  # (L, P, S)
+    lps = orientations.apply_orientation(volume, upright_orientation(scan))  # (L, P, S)
     return lps.transpose(2, 1, 0)  # (slices, rows, columns)
 
 
 def grid(scan: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the shape of a scan's upright stack and its spacing in mm: slices, rows, columns."""
     image = volumes.open_volume(scan)
-    axes = np.argsort(to_upright(scan)[:, 0])[::-1]  # the file's axes along S, P and L
+    axes = np.argsort(upright_orientation(scan)[:, 0])[::-1]  # the file's axes along S, P and L
     return np.array(image.shape)[axes], nib.affines.voxel_sizes(image.affine)[axes]
 
 
-def lean(scan: Path, tilt: int) -> tuple[np.ndarray, np.ndarray]:
+def tilt_transform(scan: Path, tilt: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the matrix (3, 3) and offset (3,) that lead from a tilted stack to the upright one.
 
     They map indices (slice, row, column). The tilted stack has the upright one's shape, spacing and
@@ -243,13 +244,13 @@ def lean(scan: Path, tilt: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tilted(stack: np.ndarray, scan: Path, tilt: int, outside: float) -> np.ndarray:
-    """Return the tilted slices of an upright stack that have a number, interpolated linearly.
+    """Return the tilted slices of an upright stack that are not dropped, interpolated linearly.
 
     (slices, rows, columns) float32, or for a mask bool, cut at one half.
     """
     from scipy import ndimage  # here, because importing it takes as long as slicing a volume
 
-    matrix, offset = lean(scan, tilt)
+    matrix, offset = tilt_transform(scan, tilt)
     options = {"output": np.float32, "order": 1, "cval": outside}
     turned = ndimage.affine_transform(stack.astype(np.float32), matrix, offset, **options)
     return (turned >= 0.5 if stack.dtype == bool else turned)[slice_numbers(scan, tilt)]
@@ -258,16 +259,16 @@ def tilted(stack: np.ndarray, scan: Path, tilt: int, outside: float) -> np.ndarr
 def slice_numbers(scan: Path, tilt: int = 0) -> list[int]:
     """Return the numbers, from 0, of a tilt's slices: in the file, or along the tilted axis.
 
-    They come in the order of the stack, from the feet up. A tilted slice of which half or less lies
-    inside the volume has no number.
+    They come in the order of the stack, from the feet up. A tilted slice is dropped if half of it
+    or more lies outside the volume.
     """
     shape, _ = grid(scan)
     if tilt == 0:
-        to_lps = to_upright(scan)
+        to_lps = upright_orientation(scan)
         upwards = int(to_lps[to_lps[:, 0] == 2, 1].item())  # -1 if the file's slices run down
         return list(range(shape[0]))[::upwards]
-    matrix, offset = lean(scan, tilt)
-    samples = [(np.arange(64) + 0.5) / 64 * n - 0.5 for n in shape[1:]]  # rows and columns
+    matrix, offset = tilt_transform(scan, tilt)
+    samples = [(np.arange(64) + 0.5) / 64 * n - 0.5 for n in shape[1:]]  # 64 rows and columns do
     places = np.stack(np.meshgrid(np.arange(shape[0]), *samples, indexing="ij"), axis=-1)
     places = places @ matrix.T + offset  # (slices, 64, 64, 3) in the upright stack
     inside = ((places >= -0.5) & (places <= shape - 0.5)).all(axis=-1).mean(axis=(1, 2))
