@@ -38,7 +38,7 @@ STEPS = [  # recipe, commit, what it changed
     ("no biases", "df2cf5e", "in transposed convolutions"),
     ("ours", "d8e6015", "faster augmentation"),
 ]
-PARTS = {  # what is left out: the recipe without it
+PARTS = {  # what is left out: the recipe without it; aa33f70 itself printed the last two
     "nothing": "ours",
     "Muon": "Adam",
     "held norms": "not normalised",
@@ -150,21 +150,6 @@ def read_notebook(folder: Path) -> tuple[str, str]:
     return printed, minutes
 
 
-def read_steps(printed: str, scores: pd.DataFrame) -> list[pd.DataFrame]:
-    """Return today's scores before smoothing, and before the largest piece is taken.
-
-    Up to aa33f70 the notebook printed a table of them; none if it did not.
-    """
-    rows = re.findall(r"^\d+ +(\S+) +([01]\.\d+) +([01]\.\d+)", printed, re.MULTILINE)
-    if "as predicted  smoothed" not in printed:
-        return []
-    steps = {"as predicted": 1, "smoothed": 2}
-    dice = {step: {row[0]: float(row[n]) for row in rows} for step, n in steps.items()}
-    return [
-        scores.assign(recipe=f"ours, {step}", dice=scores.scan.map(dice[step])) for step in steps
-    ]
-
-
 def read_training(folder: Path, commit: str, device: str) -> pd.DataFrame:
     """Return a finished training as rows of tests/results.csv; none if it is not finished."""
     name = re.fullmatch(r"(.+?)_(without_.+?|test)_(\d+)_(\d+)(_[A-Z].*)?", folder.name)
@@ -173,10 +158,7 @@ def read_training(folder: Path, commit: str, device: str) -> pd.DataFrame:
     printed, minutes = read_notebook(folder)
     precision = re.search(r"computes in (?:mixed_)?(\w+)", printed)
     recipe, scores = name[1].replace("_", " "), evaluate.read_scores(folder)
-    tables = [scores.assign(recipe=recipe)]
-    if recipe == "ours":
-        tables += read_steps(printed, scores)
-    table = pd.concat(tables).assign(commit=commit, seed=name[4], size=name[3], device=device)
+    table = scores.assign(recipe=recipe, commit=commit, seed=name[4], size=name[3], device=device)
     table["precision"], table["minutes"] = precision[1] if precision else "", minutes
     table["dice"] = table.dice.map("{:.4f}".format)
     return table[COLUMNS]
