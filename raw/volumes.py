@@ -131,11 +131,10 @@ def find_patients(only: str | None) -> dict[str, list[Patient]]:
     }
 
 
-def damaged(path: object, error: Exception, again: str = "copy or convert it again") -> ValueError:
+def damaged(file: str, error: Exception, again: str = "copy or convert it again") -> ValueError:
     """Return the error of a file that is of another kind, cut short or damaged."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
-    shown = named(path) if isinstance(path, Path) else path
-    return ValueError(f"{shown} cannot be read as a whole file ({reason}): {again}")
+    return ValueError(f"{file} cannot be read as a whole file ({reason}): {again}")
 
 
 def open_volume(path: Path) -> nib.Nifti1Image:
@@ -148,7 +147,7 @@ def open_volume(path: Path) -> nib.Nifti1Image:
     except FileNotFoundError:
         raise
     except Exception as error:  # nibabel has a class of error for each kind of damage
-        raise damaged(path, error) from error
+        raise damaged(named(path), error) from error
 
 
 def check_header(path: Path) -> None:
@@ -216,7 +215,7 @@ def read_voxels(path: Path) -> tuple[np.ndarray, float, float]:
             content = igzip.decompress(content)
         flat = np.frombuffer(content, stored.dtype, math.prod(image.shape), stored.offset)
     except Exception as error:
-        raise damaged(path, error) from error
+        raise damaged(named(path), error) from error
     if not np.isfinite([flat.min(), flat.max()]).all():
         raise ValueError(
             f"{named(path)} holds NaN or infinite values, wanted a number in every voxel: replace "
