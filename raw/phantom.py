@@ -2,16 +2,19 @@
 
 Writes phantom_01_orig.nii.gz (int16, HU) and phantom_01_liver.nii.gz (uint8, 0 or 1) and so on,
 numbered on from train to test, so that `python data.py` and train.ipynb run without any download.
-The shapes are drawn by formula, not taken from a patient: good for learning the workflow, useless
-for medicine. Files that this script did not make are never touched.
+Shapes, textures and values are drawn by formula and by chance, none is taken from a patient's scan:
+a network may learn from them and be passed on. Sizes, places, densities, diseases and the scanner
+differ from patient to patient by more than they do in life, so that a network learns what a liver
+is. Files that this script did not make are never touched.
 """
 
 import argparse
 import os
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, pairwise, repeat
+from itertools import count, pairwise, product, repeat
 from pathlib import Path
 
 import nibabel as nib
@@ -36,7 +39,8 @@ TILT_DEGREES = (4.0, -3.0, 6.0)
 # Mean HU. Unenhanced blood, liver, spleen, kidney, lung and fat lie in the ranges of
 # http://radclass.mudr.org/content/hounsfield-units-scale-hu-ct-numbers (after Prokop 2003). That
 # liver, spleen and muscle overlap with contrast too: Kreul 2021, In Vivo 35(6):3277-3287,
-# https://www.zora.uzh.ch/id/eprint/210920/. The other values are typical ones, rounded.
+# https://www.zora.uzh.ch/id/eprint/210920/. The other values are typical ones, rounded. Lesions,
+# bright spots and the content of gut and stomach get theirs in `draw_hu`.
 PHASE_COLUMN = {"unenhanced": 0, "late arterial": 1, "portal venous": 2, "delayed": 3}
 TISSUE_HU = {
     "air": (-1000, -1000, -1000, -1000),
@@ -59,38 +63,52 @@ TISSUE_HU = {
     "portal branch": (46, 130, 162, 118),
     "hepatic vein": (46, 78, 155, 116),
     "liver": (58, 74, 102, 92),
-    "tumour": (40, 52, 66, 70),
-    "cyst": (9, 9, 10, 10),
+    **{f"lesion {n}": (40, 52, 66, 70) for n in range(1, 7)},
+    "bright spot": (400, 400, 400, 400),
     "gallbladder": (12, 12, 12, 12),
     "spleen": (48, 108, 114, 94),
     "kidney cortex": (34, 160, 172, 140),
     "kidney medulla": (33, 72, 138, 130),
     "pancreas": (42, 98, 92, 80),
     "gut wall": (42, 80, 92, 82),
-    "gut content": (30, 30, 30, 30),
+    **dict.fromkeys(("gut content", "stomach content", "stool"), (30, 30, 30, 30)),
+    "fluid": (12, 12, 12, 12),
+    "collapsed lung": (40, 70, 80, 75),
     "gas": (-940, -940, -940, -940),
 }
 LABEL = {tissue: number for number, tissue in enumerate(TISSUE_HU)}
-IN_LIVER = np.isin(list(LABEL), ["liver", "portal branch", "hepatic vein", "tumour", "cyst"])
+LESION_TISSUES = [f"lesion {n}" for n in range(1, 7)]
+LIVER_TISSUES = ["liver", "portal branch", "hepatic vein", "bright spot", *LESION_TISSUES]
+IN_LIVER = np.isin(list(LABEL), LIVER_TISSUES)
 
 # Anatomy in reference millimetres: x to the patient's left, y to the front, z up from the top of
-# the right diaphragm. Centre, radii, tilt in degrees about x, y and z.
+# the right diaphragm. Centre, radii, tilt in degrees about x, y and z, and by what factors the size
+# differs from patient to patient.
 ORGANS = {
-    "heart fat": ((22, 32, 24), (72, 54, 62), (0, 0, 25)),
-    "heart muscle": ((26, 30, 30), (58, 44, 54), (0, 0, 25)),
-    "heart blood": ((32, 30, 32), (42, 32, 41), (0, 0, 25)),
-    "spleen": ((97, -40, -72), (27, 46, 46), (20, 0, -20)),
-    "gallbladder": ((-46, 40, -112), (14, 19, 26), (25, 0, 0)),
-    "right kidney": ((-58, -46, -132), (27, 25, 52), (-8, -10, 0)),
-    "left kidney": ((60, -46, -120), (27, 25, 54), (-8, 10, 0)),
-    "stomach fundus": ((62, -6, -58), (38, 42, 42), (0, 0, 0)),
-    "stomach body": ((50, 28, -92), (34, 28, 44), (25, 0, 0)),
-    "stomach antrum": ((8, 36, -118), (46, 20, 20), (0, -15, 0)),
-    "right lobe": ((-72, 0, -72), (76, 92, 92), (0, 0, 0)),
-    "right tip": ((-98, -2, -122), (26, 46, 46), (0, 0, 0)),
-    "left lobe": ((6, 46, -58), (82, 34, 36), (-10, 14, -6)),
-    "caudate lobe": ((-14, 8, -62), (24, 20, 26), (0, 0, 0)),
+    "heart fat": ((22, 32, 24), (72, 54, 62), (0, 0, 25), (0.85, 1.18)),
+    "heart muscle": ((26, 30, 30), (58, 44, 54), (0, 0, 25), (0.85, 1.18)),
+    "heart blood": ((32, 30, 32), (42, 32, 41), (0, 0, 25), (0.85, 1.18)),
+    "spleen": ((97, -40, -72), (27, 46, 46), (20, 0, -20), (0.7, 1.6)),
+    "gallbladder": ((-46, 40, -112), (14, 19, 26), (25, 0, 0), (0.5, 1.5)),
+    "right kidney": ((-58, -46, -132), (27, 25, 52), (-8, -10, 0), (0.85, 1.18)),
+    "left kidney": ((60, -46, -120), (27, 25, 54), (-8, 10, 0), (0.85, 1.18)),
+    "stomach fundus": ((66, -12, -62), (38, 42, 42), (0, 0, 0), (0.5, 1.2)),
+    "stomach body": ((50, 28, -92), (34, 28, 44), (25, 0, 0), (0.6, 1.3)),
+    "stomach antrum": ((8, 44, -112), (46, 20, 20), (0, -15, 0), (0.6, 1.3)),
+    "right lobe": ((-72, 0, -72), (76, 92, 92), (0, 0, 0), (0.85, 1.18)),
+    "right tip": ((-98, -2, -122), (26, 46, 46), (0, 0, 0), (0.7, 1.4)),
+    "left lobe": ((6, 44, -54), (84, 38, 42), (-10, 14, -6), (0.6, 1.5)),
+    "left dome": ((20, 18, -35), (60, 50, 29), (0, 10, 0), (0.3, 1.4)),
+    "caudate lobe": ((-14, 8, -62), (24, 20, 26), (0, 0, 0), (0.6, 1.8)),
+    "fissure of the round ligament": ((0, 46, -98), (1.8, 28, 28), (0, 0, -12), (0.3, 1.6)),
+    "fissure of the venous ligament": ((-2, 24, -68), (1.5, 24, 28), (0, 0, 65), (0.3, 1.4)),
+    "hilum": ((-26, 4, -92), (30, 8, 9), (0, -12, -8), (0.4, 1.4)),
 }
+LOBES = ("right lobe", "right tip", "left lobe", "left dome", "caudate lobe")
+FISSURES = ("fissure of the round ligament", "fissure of the venous ligament", "hilum")
+LIVER_MIDDLE = np.array((-50, 5, -70))
+MAY_BE_MISSING = {"spleen": 0.05, "gallbladder": 0.15, "right kidney": 0.06, "left kidney": 0.06}
+MAY_BE_MISSING |= dict.fromkeys(FISSURES, 0.4)
 SOLID_ORGANS = {  # organ: tissue, in the order of painting
     "heart fat": "fat",
     "heart muscle": "heart muscle",
@@ -125,30 +143,38 @@ LIVER_TUBES = {
 class Canvas:
     """A label volume that knows for each voxel its place in the reference anatomy.
 
-    points : (3, x, y, z) float32, reference mm, bent by a smooth warp that differs by patient
+    points : (3, x, y, z) float32, reference mm: the patient lies turned and is bent by two warps
     labels : (x, y, z) uint8, values of LABEL
     depth : (x, y, z) float32, mm to the inner face of the muscle wall, negative inside
     above : (x, y, z) float32, mm over the diaphragm
-    organs : ORGANS, each a little moved and resized
+    organs : ORGANS, each moved, turned and resized
     """
 
     def __init__(self, axes_mm: list[np.ndarray], rng: np.random.Generator) -> None:
         self.axes, self.rng = axes_mm, rng
+        angles = np.clip(rng.normal(0, (3, 3, 7)), -20, 20)
+        self.turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix().astype(np.float32)
         grid = np.meshgrid(*axes_mm, indexing="ij", sparse=True)
-        self.points = np.stack([g + smooth_noise(axes_mm, 130, 3.5, rng) for g in grid])
+        warps = (130, rng.uniform(2, 5)), (60, rng.uniform(0.3, 1.6))
+        turned = (sum(t * g for t, g in zip(row, grid, strict=True)) for row in self.turn.T)
+        self.points = np.stack(
+            [x + sum(smooth_noise(axes_mm, *warp, rng) for warp in warps) for x in turned]
+        )
         self.labels = np.zeros(self.points.shape[1:], np.uint8)
-        self.wall_mm, self.fat_mm = rng.uniform((11, 9), (14, 24)).astype(np.float32)
-        self.depth = trunk_distance(self.points) + self.wall_mm
-        self.above = self.points[2] - diaphragm_height(self.points)
-        self.organs = {
-            name: (centre + rng.uniform(-5, 5, 3), radii * rng.uniform(0.92, 1.08, 3), tilt)
-            for name, (centre, radii, tilt) in ORGANS.items()
-        }
+        self.wall_mm = np.float32(rng.uniform(5, 14))
+        self.fat_mm, front = np.float32(rng.uniform(1.5, 6.5) ** 2), rng.uniform(-0.004, 0.006)
+        self.fat = self.fat_mm * (1 + np.float32(front) * self.points[1]).clip(0.3, 2)
+        self.trunk = rng.uniform((132, 85, 2.0), (162, 114, 2.8))
+        self.domes = rng.uniform((-14, -16, -12, 0.88), (10, 14, 22, 1.15))
+        self.depth = trunk_distance(self.points, *self.trunk) + self.wall_mm
+        self.above = self.points[2] - diaphragm_height(self.points, *self.domes)
+        self.organs = vary_organs(rng)
 
     def look(self, low, high) -> tuple[tuple[slice, ...], np.ndarray]:
         """Return the box between two corners, with room for the warp, and its points."""
-        ends = [np.searchsorted(self.axes[i], (low[i] - 14, high[i] + 14)) for i in range(3)]
-        box = tuple(slice(*end) for end in ends)
+        corners = self.turn @ np.array(list(product(*zip(low, high, strict=True)))).T
+        low, high = corners.min(axis=1) - 20, corners.max(axis=1) + 20
+        box = tuple(slice(*np.searchsorted(self.axes[i], (low[i], high[i]))) for i in range(3))
         return box, self.points[(slice(None), *box)]
 
     def look_at(self, centre, radii) -> tuple[tuple, np.ndarray]:
@@ -159,15 +185,48 @@ class Canvas:
         """Label the voxels of the box where `inside` is true."""
         self.labels[box][inside] = LABEL[tissue]
 
-    def paint_tubes(self, tubes: dict, within: str | None = None) -> None:
+    def paint_tubes(self, tissue: str, pieces: list, within: str | None = None) -> None:
         """Paint straight vessels, only over the tissue `within` if one is named."""
-        for tissue, paths in tubes.items():
-            for radius, start, end in segments(paths):
-                box, points = self.look(*np.sort([start, end], axis=0))
-                inside = tube(points, start, end) < radius
-                if within:
-                    inside &= self.labels[box] == LABEL[within]
-                self.paint(tissue, inside, box)
+        for radius, start, end in pieces:
+            box, points = self.look(*np.sort([start, end], axis=0))
+            inside = tube(points, start, end) < radius
+            if within:
+                inside &= self.labels[box] == LABEL[within]
+            self.paint(tissue, inside, box)
+
+
+def vary_organs(rng: np.random.Generator) -> dict[str, tuple]:
+    """Return ORGANS of one patient: moved, resized and turned; some are missing."""
+    organs, liver, heart = {}, rng.uniform(0.88, 1.25), rng.uniform(0.85, 1.2)
+    missing = [name for name, share in MAY_BE_MISSING.items() if rng.uniform() < share]
+    moves = {"heart": rng.uniform(-8, 8, 3), "liver": rng.uniform(-6, 6, 3)}
+    for name, (centre, radii, tilt, sizes) in ORGANS.items():
+        size = rng.uniform(*sizes) * rng.uniform(0.92, 1.08, 3)
+        move = rng.uniform(-7, 7, 3) * (2 if "stomach" in name else 1)
+        if name in LOBES or name in FISSURES:
+            centre = LIVER_MIDDLE + liver * (np.array(centre) - LIVER_MIDDLE)
+            size, move = size * liver, 0.6 * move + moves["liver"]
+        if "heart" in name:
+            size, move = heart * rng.uniform(0.96, 1.04, 3), moves["heart"]
+        if name == "right tip":  # it may reach far down: Riedel's lobe
+            longer = rng.uniform(0, 50) * (rng.uniform() < 0.3)
+            size, move = size * (1, 1, 1 + longer / 60), move - (0, 0, longer / 2)
+        tilt = tilt + rng.uniform(-10, 10, 3)
+        organs[name] = (centre + move, radii * size * (0.02 if name in missing else 1), tilt)
+    if rng.uniform() < 0.08:
+        for name in ("left lobe", "left dome"):
+            organs[name] = (organs[name][0], organs[name][1] * 0.3, (0, 0, 0))
+    return organs
+
+
+def grow(rng: np.random.Generator, start, way, radius: float) -> Iterator[tuple]:
+    """Yield the pieces (radius, start, end) of a vessel that branches and tapers."""
+    if radius > 1.1:
+        end = start + way * rng.uniform(12, 28)
+        yield radius, start, end
+        for share in (0.85, rng.uniform(0.5, 0.75)):
+            bend = way + rng.normal(0, 0.4, 3)
+            yield from grow(rng, end, bend / np.linalg.norm(bend), radius * share)
 
 
 def segments(paths: list[tuple]) -> list[tuple]:
@@ -219,36 +278,56 @@ def cut(a: np.ndarray, b: np.ndarray, blend_mm: float) -> np.ndarray:
     return -join(-a, -b, blend_mm)
 
 
-def diaphragm_height(points: np.ndarray) -> np.ndarray:
+def diaphragm_height(points, right_mm=0, left_mm=0, middle_mm=0, width=1) -> np.ndarray:
     """Return the z in mm of the diaphragm over each point: two domes and the heart's bed."""
-    x, y = points[0], points[1]
-    right = -80 * (((x + 66) / 70) ** 2 + ((y - 4) / 86) ** 2)
-    left = -14 - 80 * (((x - 70) / 68) ** 2 + ((y - 2) / 86) ** 2)
-    middle = -26 - 60 * (((x - 8) / 70) ** 2 + ((y - 20) / 70) ** 2)
-    return cut(cut(right, left, 12), middle, 12)
+    x, y = points[0] / np.float32(width), points[1]
+    right = right_mm - 80 * (((x + 62) / 74) ** 2 + ((y - 4) / 86) ** 2)
+    left = left_mm - 14 - 80 * (((x - 70) / 68) ** 2 + ((y - 2) / 86) ** 2)
+    middle = middle_mm - 26 - 60 * (((x - 8) / 70) ** 2 + ((y - 20) / 70) ** 2)
+    return cut(cut(right, left, 12), middle, 12).astype(np.float32)
 
 
-def trunk_distance(points: np.ndarray) -> np.ndarray:
+def trunk_distance(points, half_width=147, half_depth=97, power=2.3) -> np.ndarray:
     """Return the distance in mm to the outer face of the muscle wall, negative inside."""
     x, y = np.abs(points[0]), np.abs(points[1])
-    ratio = ((x / 147) ** 2.3 + (y / 97) ** 2.3) ** np.float32(1 / 2.3) + 1e-3
-    return np.hypot(x, y) * (1 - 1 / ratio)
+    power = np.float32(power)
+    ratio = ((x / half_width) ** power + (y / half_depth) ** power) ** (1 / power) + 1e-3
+    return (np.hypot(x, y) * (1 - 1 / ratio)).astype(np.float32)
 
 
 def paint_trunk(canvas: Canvas) -> None:
     """Paint the table, skin, fat, muscle wall, diaphragm and lungs."""
     x, y = canvas.axes[0][:, None, None], canvas.axes[1][None, :, None]
-    table = np.abs(y + 111 + canvas.fat_mm - (x / 150) ** 2 * 18) + 0 * canvas.depth
+    back = 14 + canvas.trunk[1] + canvas.fat_mm
+    table = np.abs(y + back - (x / 150) ** 2 * 18) + 0 * canvas.depth
     canvas.paint("table shell", (table < 11) & (np.abs(x) < 200))
     canvas.paint("table foam", (table < 6) & (np.abs(x) < 197))
-    canvas.paint("skin", canvas.depth < canvas.wall_mm + canvas.fat_mm)
-    canvas.paint("fat", canvas.depth < canvas.wall_mm + canvas.fat_mm - 2.5)
+    canvas.paint("skin", canvas.depth < canvas.wall_mm + canvas.fat)
+    canvas.paint("fat", canvas.depth < canvas.wall_mm + canvas.fat - 2.5)
     canvas.paint("muscle", canvas.depth < canvas.wall_mm)
     inside = canvas.depth < 0
     canvas.paint("fat", inside)
     canvas.paint("muscle", inside & (np.abs(canvas.above) < 2))
     x, y, _ = canvas.points
-    canvas.paint("lung", inside & (canvas.above > 2) & (np.hypot(x - 6, y + 34) > 30))
+    lung = inside & (canvas.above > 2) & (np.hypot(x - 6, y + 34) > 30)
+    canvas.paint("lung", lung)
+    for side in (x < 6, x > 6):
+        if canvas.rng.uniform() < 0.14:  # fluid behind the lung presses on it
+            level = canvas.rng.uniform(-85, -10)
+            canvas.paint("collapsed lung", lung & side & (y < level + canvas.rng.uniform(2, 25)))
+            canvas.paint("fluid", lung & side & (y < level))
+
+
+def paint_arms(canvas: Canvas) -> None:
+    """Paint both arms beside the body, as they lie if they cannot be lifted."""
+    x, y = (axis[:, None, None] for axis in canvas.axes[:2])
+    y = y.reshape(1, -1, 1)
+    for side in (-1, 1):
+        middle = side * (canvas.trunk[0] + canvas.fat_mm + canvas.rng.uniform(40, 60))
+        arm = np.hypot(x - middle, y + canvas.rng.uniform(-10, 40)) + 0 * canvas.depth
+        for tissue, radius in {"skin": 42, "fat": 40, "muscle": 34, "cortical bone": 11}.items():
+            canvas.paint(tissue, arm < radius)
+        canvas.paint("spongy bone", arm < 7)
 
 
 def paint_ribs(canvas: Canvas) -> None:
@@ -282,7 +361,10 @@ def paint_spine(canvas: Canvas) -> None:
 def paint_bowel(canvas: Canvas) -> None:
     """Paint the small bowel and the colon; gas rises to the front."""
     rng = canvas.rng
-    loops = [(rng.uniform((-74, -6, -260), (84, 64, -128)), rng.uniform(11, 17)) for _ in range(60)]
+    loops = [
+        (rng.uniform((-74, -6, -260), (84, 64, -128)), rng.uniform(11, 17))
+        for _ in range(rng.integers(35, 110))
+    ]
     loops += [((x, 58, -128 - 0.0016 * x * x), 17) for x in range(-95, 96, 19)]  # transverse colon
     loops += [((-104, -4, z), 21) for z in range(-260, -165, 16)]  # ascending colon
     loops += [((108, -14, z), 15) for z in range(-260, -110, 12)]  # descending colon
@@ -290,13 +372,15 @@ def paint_bowel(canvas: Canvas) -> None:
         radii = radius * rng.uniform(0.85, 1.25, 3)
         box, points = canvas.look_at(centre, radii)
         level = centre[1] + radius * rng.uniform(-0.6, 1.4)
-        paint_hollow(canvas, ellipsoid(points, centre, radii), 2.5, points[1] > level, box)
+        tissue = rng.choice(["gut content", "stool"])
+        shape = ellipsoid(points, centre, radii)
+        paint_hollow(canvas, shape, 2.5, points[1] > level, box, tissue)
 
 
-def paint_hollow(canvas: Canvas, shape: np.ndarray, wall_mm: float, gas, box: tuple) -> None:
+def paint_hollow(canvas: Canvas, shape, wall_mm: float, gas, box: tuple, content: str) -> None:
     """Paint a piece of gut: wall, content, and gas where `gas` is true."""
     canvas.paint("gut wall", shape < 0, box)
-    canvas.paint("gut content", shape < -wall_mm, box)
+    canvas.paint(content, shape < -wall_mm, box)
     canvas.paint("gas", (shape < -wall_mm) & gas, box)
 
 
@@ -311,15 +395,17 @@ def paint_organs(canvas: Canvas) -> None:
     """Paint stomach, heart, spleen, gallbladder, kidneys, pancreas and the great vessels."""
     box, points = canvas.look((-60, -60, -150), (115, 85, 0))
     shape = cut(stomach(canvas, points), canvas.above[box] + 4, 4)
-    gas = points[1] > canvas.rng.uniform(20, 40)
-    paint_hollow(canvas, cut(shape, canvas.depth[box] + 2, 4), 4, gas, box)
-    canvas.paint_tubes(TUBES)
-    for name in SOLID_ORGANS:
+    gas = points[1] > canvas.rng.uniform(0, 80)
+    shape = cut(shape, canvas.depth[box] + 2, 4)
+    paint_hollow(canvas, shape, canvas.rng.uniform(2, 6), gas, box, "stomach content")
+    for tissue, paths in TUBES.items():
+        canvas.paint_tubes(tissue, segments(paths))
+    for name, tissue in SOLID_ORGANS.items():
         box, points = canvas.look_at(*canvas.organs[name][:2])
         limit = 2 - canvas.above[box] if "heart" in name else canvas.above[box] + 3.5
         room = np.maximum(canvas.depth[box] + 2, limit)
         shape = np.maximum(ellipsoid(points, *canvas.organs[name]), room)
-        canvas.paint(SOLID_ORGANS[name], shape < 0, box)
+        canvas.paint(tissue, shape < 0, box)
         if "kidney" in name:
             canvas.paint("kidney medulla", shape < -7, box)
             hilum = canvas.organs[name][0] * (0.74, 0.92, 1)  # faces the spine
@@ -328,15 +414,19 @@ def paint_organs(canvas: Canvas) -> None:
 
 def liver_shape(canvas: Canvas, box: tuple, points: np.ndarray) -> np.ndarray:
     """Return roughly the distance in mm to the liver, carved out by its neighbours."""
-    x, y, z = points
-    lobes = ("right lobe", "right tip", "left lobe", "caudate lobe")
-    right, tip, left, caudate = (ellipsoid(points, *canvas.organs[lobe]) for lobe in lobes)
-    visceral = 0.6 * (x + 14) - 0.3 * (y - 4) - 0.74 * (z + 92)  # faces kidney, colon and stomach
+    (x, y, z), rng = points, canvas.rng
+    right, tip, left, top, caudate = (ellipsoid(points, *canvas.organs[lobe]) for lobe in LOBES)
+    lower = rng.uniform(-12, 12)
+    visceral = 0.6 * (x + 14) - 0.3 * (y - 4) - 0.74 * (z + 92 + lower)  # faces kidney and colon
     right = join(cut(right, visceral, 16), tip, 20)
     axes_mm = [axis[part] for axis, part in zip(canvas.axes, box, strict=True)]
-    bumps = smooth_noise(axes_mm, 60, 2, canvas.rng)
-    liver = join(right, join(left, caudate, 12), 14) + bumps
-    gap = np.maximum(1.8 + smooth_noise(axes_mm, 45, 1.4, canvas.rng), 0)  # 0: they touch
+    bumps = smooth_noise(axes_mm, 60, rng.uniform(1, 4), rng)
+    if rng.uniform() < 0.2:  # cirrhosis: the edge is nodular
+        bumps += smooth_noise(axes_mm, 24, rng.uniform(0.8, 2.2), rng)
+    liver = join(right, join(join(left, top, 20), caudate, 12), 14) + bumps
+    if rng.uniform() < 0.06:  # a lobe was resected
+        liver = cut(liver, rng.uniform(-80, -30) - x, 8)
+    gap = np.maximum(rng.uniform(-1.5, 3) + smooth_noise(axes_mm, 45, 1.6, rng), 0)  # 0: they touch
     liver = cut(liver, canvas.above[box] + 2, 4)
     neighbours = [canvas.depth[box], -stomach(canvas, points)]
     vessels = TUBES["vena cava"] + TUBES["aorta"]
@@ -346,29 +436,75 @@ def liver_shape(canvas: Canvas, box: tuple, points: np.ndarray) -> np.ndarray:
     neighbours += [38 - np.hypot(x, y + 62), 22 - np.hypot(x + 6, y + 34)]  # spine and crura
     for neighbour in neighbours:
         liver = cut(liver, neighbour + gap, 4)
+    for fissure in FISSURES:
+        liver = np.maximum(liver, -ellipsoid(points, *canvas.organs[fissure]))
     return liver
 
 
+def paint_vessels(canvas: Canvas) -> None:
+    """Paint the vessels of the liver, which branch and taper."""
+    rng = canvas.rng
+    for tissue, paths in LIVER_TUBES.items():
+        wide, pieces = rng.uniform(0.6, 1.3), []
+        for radius, *points in paths:
+            points = [points[0], *(np.add(point, rng.uniform(-7, 7, 3)) for point in points[1:])]
+            pieces += [(wide * radius, *piece) for piece in pairwise(points)]
+            way = np.subtract(points[-1], points[-2])
+            way = way / np.linalg.norm(way)
+            pieces += grow(rng, points[-1], way, 0.8 * wide * radius)
+        canvas.paint_tubes(tissue, pieces, within="liver")
+
+
+def paint_lesions(canvas: Canvas, shape: np.ndarray) -> None:
+    """Paint one to ten lesions: some with a rim, a dead core, or bright spots in them.
+
+    shape : (x, y, z) float32, mm to the liver, negative inside
+    """
+    rng = canvas.rng
+    bumps, spots = (smooth_noise(canvas.axes, mm, 1, rng) for mm in (18, 12))
+    for radius in np.exp(rng.uniform(np.log(3), np.log(42), int(rng.uniform(1, 3.4) ** 2))):
+        rooms = np.argwhere(shape < -rng.uniform(0, 0.8) * radius)
+        if not len(rooms):
+            continue
+        centre = canvas.points[(slice(None), *rooms[rng.integers(len(rooms))])]
+        radii = radius * rng.uniform(0.7, 1.3, 3)
+        box, points = canvas.look_at(centre, 1.2 * radii)
+        lesion = ellipsoid(points, centre, radii, rng.uniform(-60, 60, 3))
+        lesion += bumps[box] * min(0.2 * radius, 4)
+        room = IN_LIVER[canvas.labels[box]]
+        if rng.uniform() < 0.25:  # it grows out of the liver
+            room |= (canvas.labels[box] == LABEL["fat"]) & (shape[box] < 0.4 * radius)
+        inside, kind = (lesion < 0) & room, rng.uniform()
+        first, second = rng.choice(LESION_TISSUES, 2, replace=False)
+        canvas.paint(first, inside, box)
+        if kind < 0.35:  # a rim around it, or a core in it
+            canvas.paint(second, inside & (lesion < -rng.uniform(0.15, 0.6) * radius), box)
+        elif kind < 0.43:  # calcifications, lipiodol or clips
+            canvas.paint("bright spot", inside & (spots[box] > rng.uniform(0.5, 1.8)), box)
+
+
 def paint_liver(canvas: Canvas, lesion: str) -> None:
-    """Paint the liver, its vessels and two to five lesions if the patient has any."""
-    box, points = canvas.look((-136, -90, -176), (90, 90, 0))
-    shape, rng = liver_shape(canvas, box, points), canvas.rng
-    solid = np.isin(canvas.labels[box], [LABEL["cortical bone"], LABEL["muscle"]])
+    """Paint the liver, its vessels, and its lesions if the patient has any."""
+    box, points = canvas.look((-150, -95, -230), (125, 95, 15))
+    shape, labels = liver_shape(canvas, box, points), canvas.labels[box]
+    solid = np.isin(labels, [LABEL["cortical bone"], LABEL["muscle"]])
+    if canvas.rng.uniform() < 0.15:  # ascites
+        canvas.paint("fluid", (labels == LABEL["fat"]) & (shape < canvas.rng.uniform(3, 18)), box)
     pieces, _ = label((shape < 0) & ~solid)
     canvas.paint("liver", pieces == np.bincount(pieces[pieces > 0]).argmax(), box)
-    canvas.paint_tubes(LIVER_TUBES, within="liver")
-    for radius in rng.uniform(5, 15, rng.integers(2, 6)) if lesion != "none" else ():
-        rooms = np.argwhere(shape < -0.7 * radius)
-        if len(rooms):
-            centre = points[(slice(None), *rooms[rng.integers(len(rooms))])]
-            inside = ellipsoid(points, centre, radius * rng.uniform(0.8, 1.2, 3)) < 0
-            canvas.paint(lesion, inside & IN_LIVER[canvas.labels[box]], box)
+    paint_vessels(canvas)
+    if lesion != "none":
+        everywhere = np.full(canvas.labels.shape, np.inf, np.float32)
+        everywhere[box] = shape
+        paint_lesions(canvas, everywhere)
 
 
 def draw_labels(axes_mm: list[np.ndarray], lesion: str, rng) -> np.ndarray:
     """Return the tissues of one patient, (x, y, z) uint8, values of LABEL."""
     canvas = Canvas(axes_mm, rng)
     paint_trunk(canvas)
+    if rng.uniform() < 0.12:
+        paint_arms(canvas)
     paint_ribs(canvas)
     paint_spine(canvas)
     paint_bowel(canvas)
@@ -377,16 +513,71 @@ def draw_labels(axes_mm: list[np.ndarray], lesion: str, rng) -> np.ndarray:
     return canvas.labels
 
 
-def scan(labels: np.ndarray, phase: str, rng) -> np.ndarray:
-    """Turn labels into int16 HU: contrast phase, fatty liver, blur and grainy noise."""
-    tissue_hu = np.array([row[PHASE_COLUMN[phase]] for row in TISSUE_HU.values()], np.float32)
-    tissue_hu[LABEL["liver"]] -= rng.uniform(0, 20)  # fat in the liver darkens it
-    tissue_hu[LABEL["gut content"]] = rng.uniform(10, 100)  # from water to oral contrast
-    image = tissue_hu[labels]
-    grain = gaussian_filter(rng.standard_normal(labels.shape, np.float32), (0.9, 0.9, 0.5))
-    grain /= grain.std()
-    image[(labels == LABEL["lung"]) & (grain > 2.2)] = tissue_hu[LABEL["lung vessel"]]
-    image = gaussian_filter(image, (0.7, 0.7, 0.35)) + grain * rng.uniform(13, 19)
+FIXED = ("air", "table shell", "table foam", "lung", "gas", "cortical bone", "bright spot")
+TEXTURES = {  # greatest standard deviation in HU, fine and coarse; 8 and 8 if not named
+    "fat": (16, 16),
+    "muscle": (14, 16),
+    "lung": (60, 40),
+    "cortical bone": (120, 60),
+    "spongy bone": (60, 60),
+    "gut content": (25, 20),
+    "stomach content": (25, 40),
+    "stool": (90, 60),
+    "fluid": (4, 4),
+}
+
+
+def draw_hu(phase: str, lesion: str, rng) -> np.ndarray:
+    """Return the mean HU of each tissue of one patient, (tissues,) float32.
+
+    Between two moments of the contrast agent, each soft tissue by 12 HU (one standard deviation)
+    off. In every fourth patient the organs have any HU at all: there only shape and place tell.
+    """
+    table, share = np.array(list(TISSUE_HU.values()), np.float32), rng.uniform(0, 0.5)
+    hu = (1 - share) * table[:, PHASE_COLUMN[phase]] + share * table[:, rng.integers(4)]
+    soft = ~np.isin(list(LABEL), FIXED)
+    hu[soft] += rng.normal(0, 12, soft.sum())
+    if rng.uniform() < 0.25:
+        organs = soft & (table[:, 0] > 0)
+        hu[organs] = rng.uniform(-10, 220, organs.sum())
+        hu[LABEL["liver"]] = rng.uniform(30, 180)
+    elif rng.uniform() < 0.4:
+        hu[LABEL["liver"]] -= rng.uniform(0, 45)  # fat in the liver darkens it
+    liver = hu[LABEL["liver"]]
+    for tissue in LESION_TISSUES:
+        cyst = lesion == "cyst" and rng.uniform() < 0.5
+        hu[LABEL[tissue]] = rng.uniform(0, 20) if cyst else liver + rng.uniform(-80, 50)
+    for tissue in ("gut content", "stomach content", "stool"):
+        kind = rng.uniform()
+        hu[LABEL[tissue]] = rng.uniform(-20, 80)
+        if kind > 0.7:
+            hu[LABEL[tissue]] = liver + rng.uniform(-15, 15) if kind < 0.8 else rng.uniform(80, 600)
+    hu[LABEL["bright spot"]] = np.exp(rng.uniform(np.log(180), np.log(2500)))
+    return hu.astype(np.float32)
+
+
+def grain(shape: tuple, sigmas, rng) -> np.ndarray:
+    """Return blurred noise of standard deviation 1, (x, y, z) float32; sigmas in voxels."""
+    noise = gaussian_filter(rng.standard_normal(shape, np.float32), sigmas)
+    return noise / noise.std()
+
+
+def scan(labels: np.ndarray, phase: str, lesion: str, rng) -> np.ndarray:
+    """Turn labels into int16 HU: contrast phase, texture, blur, grainy noise and streaks."""
+    tissue_hu = draw_hu(phase, lesion, rng)
+    fine = grain(labels.shape, (1, 1, 0.5), rng)
+    coarse = grain(labels.shape, (4, 4, 1.2), rng)
+    textures = np.array([TEXTURES.get(tissue, (8, 8)) for tissue in LABEL], np.float32)
+    textures *= rng.uniform(0, 1, textures.shape)
+    image = tissue_hu[labels] + textures[:, 0][labels] * fine + textures[:, 1][labels] * coarse
+    image[(labels == LABEL["lung"]) & (fine > 2.2)] = tissue_hu[LABEL["lung vessel"]]
+    blur, along = rng.uniform(0.4, 1.1), rng.uniform(0.2, 0.6)
+    image = gaussian_filter(image, (blur, blur, along))
+    sharp = rng.uniform(0.4, 1.2)
+    noise = grain(labels.shape, (sharp, sharp, 0.4), rng)
+    image += noise * np.exp(rng.uniform(np.log(3), np.log(20)))
+    if rng.uniform() < 0.3:
+        image += grain(labels.shape, (9, 0.6, 0.3), rng) * rng.uniform(2, 10)
     return np.clip(np.rint(image), -1024, 2000).astype(np.int16)
 
 
@@ -396,12 +587,12 @@ def place_grid(matrix: int, rng) -> tuple[list[np.ndarray], tuple[float, float]]
     Returns the voxel centres in reference mm, three float32 arrays (x,), (y,) and (z,), and the
     spacing in mm: pixel, slice distance.
     """
-    size = rng.uniform(0.9, 1.1)
-    stretch = size * rng.uniform(0.96, 1.04, 3)
-    pixel = round(np.clip(370 * size * rng.uniform(1, 1.06), 310, 420) / matrix, 4)
+    size = rng.uniform(0.88, 1.12)
+    stretch = size * rng.uniform(0.93, 1.07, 3)
+    pixel = round(np.clip(370 * size * rng.uniform(0.86, 1.15), 290, 490) / matrix, 4)
     distance = round(rng.uniform(3.8, 5.6), 3)
-    bottom, top = rng.uniform((-225, 14), (-195, 34)) * stretch[2]
-    offset = rng.uniform((-8, -16), (8, -4))  # nobody lies exactly in the middle
+    bottom, top = rng.uniform((-250, 10), (-185, 60)) * stretch[2]
+    offset = rng.uniform((-22, -24), (22, 8))  # nobody lies exactly in the middle
     across = (np.arange(matrix) - (matrix - 1) / 2) * pixel
     up = np.arange(bottom, top, distance)
     axes_mm = (across / stretch[0] + offset[0], across / stretch[1] + offset[1], up / stretch[2])
@@ -432,7 +623,7 @@ def make_patient(number: int, matrix: int, seed: int) -> list[nib.Nifti1Image]:
     axes_mm, spacing_mm = place_grid(matrix, rng)
     labels = draw_labels(axes_mm, lesion, rng)
     affine = make_affine(labels.shape, spacing_mm, axes == OBLIQUE_AXES)
-    volumes = scan(labels, phase, rng), IN_LIVER[labels].astype(np.uint8)
+    volumes = scan(labels, phase, lesion, rng), IN_LIVER[labels].astype(np.uint8)
     images = [as_nifti(volume, affine, axes) for volume in volumes]
     for image in images:
         image.header["descrip"] = MARK
@@ -496,7 +687,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--matrix", type=int, default=256, help="pixels per row and column (256)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients (0)")
     options = parser.parse_args()
-    limits = {"train": (1, 99), "test": (0, 99), "matrix": (32, 1024), "seed": (0, 2**32)}
+    limits = {"train": (1, 999), "test": (0, 999), "matrix": (32, 1024), "seed": (0, 2**32)}
     for name, (low, high) in limits.items():
         value = getattr(options, name)
         if not low <= value <= high:
