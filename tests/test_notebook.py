@@ -116,6 +116,8 @@ def run_from_the_top(**changed):
         ("VALIDATION_SHARE", 50, "a number from 0 to below 1"),
         ("VALIDATION_PATIENTS", "p1", "a list of names"),
         ("AUGMENT", "false", "True or False"),  # would count as True
+        ("LEARNING_RATE", "1e-3", "a number above 0, such as 0.001"),  # text, as YAML reads it
+        ("START", "nowhere.keras", "a file that exists, or nothing"),
         ("MODEL", "preds/unet.h5", "a name that ends with .keras"),
         ("PRECISION", "bfloat16", "one of those above"),
     ],
@@ -337,6 +339,27 @@ def test_normalisation_is_inside_the_network(notebook):
     slices = np.array([10, 50, 90], np.uint8).reshape(3, 1, 1, 1) * np.ones((1, 16, 16, 1), "uint8")
     normalised = keras.Model(network.input, network.layers[1].output)
     assert np.allclose(ops.convert_to_numpy(normalised(slices))[:, 0, 0, 0], [-2, 0, 2], atol=1e-5)
+
+
+def test_a_training_begins_with_the_weights_of_a_model_for_another_size(notebook, tmp_path):
+    keras.utils.set_random_seed(0)
+    trained = notebook.unet(32, 2, mean=50.0, deviation=20.0)
+    trained.save(tmp_path / "start.keras")
+    network = notebook.begin_with(str(tmp_path / "start.keras"), 64, 2, normalize=True)
+    slices = np.full((1, 64, 64, 1), 90, np.uint8)
+    slices[:, 20:40] = 10
+    same = notebook.unet(64, 2, mean=50.0, deviation=20.0)
+    same.set_weights(trained.get_weights())
+    assert np.array_equal(network.predict(slices, verbose=0), same.predict(slices, verbose=0))
+
+
+@pytest.mark.parametrize("other", [{"filters": 3}, {"normalize": False}])
+def test_a_model_of_another_kind_to_begin_with_is_refused_in_a_sentence(notebook, tmp_path, other):
+    notebook.unet(16, 2, 0.0, 1.0).save(tmp_path / "start.keras")
+    with pytest.raises(ValueError, match="start.keras' has 2 filters, wanted"):
+        notebook.begin_with(
+            str(tmp_path / "start.keras"), 16, **{"filters": 2, "normalize": True} | other
+        )
 
 
 def norms(network):
