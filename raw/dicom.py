@@ -11,13 +11,13 @@ DICOM segmentation that a viewer lays over the series it was made from.
 """
 
 import argparse
-import errno
 import re
 import signal
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,20 +27,20 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pydicom
-from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.pixels import get_decoder, pixel_array
 from pydicom.uid import JPEGExtended12Bit
 from scipy import ndimage
 from tqdm import tqdm
-from volumes import ROOT, as_nifti, damaged, named, open_volume, read_mask, sides, whole
+from volumes import ROOT, as_nifti, damaged, named, one_sentence, sides, whole
 
 AGAIN = "get the data again from where it came"
 JUNK = re.compile(r"(^|/)(\.[^/]*|__MACOSX|DICOMDIR|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
 STORED_AXES = "LAS"  # nibabel's axis codes, those of the NIfTI files the tutorial used
 STEP_TOLERANCE = 0.1  # of a slice distance: positions may be rounded, a missing slice is off by 1
 GRID_TOLERANCE = 1e-4  # mm between pixels, or of a direction's cosine: noise of 32-bit floats
+SAME_MM = 0.01  # between slices that are meant to be at one position
 DRIFT_PIXELS = 0.5  # by which slices of an upright gantry may lie aside, the last from the first
 AIR_HU = -1024  # what padding becomes, the lowest value of a 12-bit CT
 FAT_HU = -100  # below it lie air and much of the fat
@@ -49,6 +49,7 @@ WHO = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber")  # kep
 GRID = ("PixelSpacing", "ImageOrientationPatient")
 FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "NumberOfFrames")
 STUDY = ("StudyDate", "StudyTime", "StudyInstanceUID")
+COLUMNS = ("series", "study", "description", "slices", "spacing_mm", "kernel", "size")
 SERIES = ("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "Modality", "ConvolutionKernel")
 TIMES = ("TemporalPositionIdentifier", "TemporalPositionIndex", "AcquisitionNumber")
 TIMES += ("AcquisitionDate", "AcquisitionTime")
@@ -106,9 +107,14 @@ def heights(slices: list[Slice], images: list[Slice]) -> np.ndarray:
     return np.array(positions) @ np.cross(across, down)
 
 
+def number(one: Slice, keyword: str) -> int:
+    """Return a number of the header, 0 if it is not there."""
+    return int(one.header.get(keyword) or 0)
+
+
 def shape(one: Slice) -> tuple[int, ...]:
     """Return (rows, columns) of a slice, or (frames, rows, columns) if its file holds several."""
-    sizes = [int(one.header.get(key) or 0) for key in ("NumberOfFrames", "Rows", "Columns")]
+    sizes = [number(one, keyword) for keyword in ("NumberOfFrames", "Rows", "Columns")]
     return tuple(sizes[sizes[0] < 2 :])
 
 
@@ -198,16 +204,7 @@ def write_volumes(volumes: dict[Path, np.ndarray], affine: np.ndarray) -> None:
                 raise ValueError(f"{named(path)} would be overwritten: take it away")
 
 
-def reason(error: Exception) -> str:
-    """Return the sentence in which a script ends."""
-    full = getattr(error, "errno", None) == errno.ENOSPC
-    return "the disk is full, make room and run the same command again" if full else str(error)
-
-
-@lru_cache(maxsize=1)  # a file of several slices is asked once for each
-def load(path: Path) -> pydicom.Dataset:
-    """Return a whole DICOM file."""
-    return pydicom.dcmread(path)
+load = lru_cache(maxsize=1)(pydicom.dcmread)  # a file of many slices is asked for each of them
 
 
 def read_frame(one: Slice, inverted: bool = False) -> np.ndarray:
@@ -236,12 +233,12 @@ def frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
         return
     common = {e.tag: e for e in header if e.keyword in KEYWORDS and e.keyword not in FRAMES}
     shared = header.get("SharedFunctionalGroupsSequence") or [()]
-    for number, group in enumerate(groups, 1):
+    for count, group in enumerate(groups, 1):
         flat = pydicom.Dataset(common)
         for sequence in (*shared[0], *group):
             if sequence.VR == "SQ" and sequence.value:
                 flat.update({e.tag: e for e in sequence.value[0] if e.keyword in KEYWORDS})
-        flat.InstanceNumber = number
+        flat.InstanceNumber = count
         yield flat
 
 
@@ -256,18 +253,16 @@ def find_slices(folder: Path) -> list[Slice]:
             file = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(KEYWORDS))
             headers = list(frames(file))
         except Exception as error:  # pydicom has a class of error for each kind of damage
-            strange = isinstance(error, InvalidDicomError)
-            passed["no DICOM" if strange else "damaged, a series may lack them"] += 1
+            passed[f"not read ({type(error).__name__})"] += 1
             continue
-        file_id = file.get("SOPInstanceUID") or path
-        passed["there twice and taken once"] += (file_id, 0) in found
         for frame, header in enumerate(headers):
             shown = Path(f"image {header.get('InstanceNumber', '?')}")
             one = Slice(shown, header, bytes, path, frame)
-            found.setdefault((file_id, frame), one._replace(read=partial(read_frame, one)))
-    for what, count in passed.items():
-        if count:
-            print(f"files that are {what}: {count}")
+            place = str(header.get("ImagePositionPatient"))  # some have one UID for all their files
+            key = file.get("SOPInstanceUID") or path, frame, place
+            passed["there twice and taken once"] += key in found
+            found.setdefault(key, one._replace(read=partial(read_frame, one)))
+    print("".join(f"files or frames {what}: {n}\n" for what, n in passed.items() if n), end="")
     return list(found.values())
 
 
@@ -276,11 +271,12 @@ def split_series(slices: list[Slice]) -> list[list[Slice]]:
     found: dict[tuple, list[list[Slice]]] = {}
     for one in slices:
         alike = found.setdefault(tuple(str(one.header.get(key)) for key in SERIES), [])
-        home = next((series for series in alike if on_one_grid(one, series[0])), None)
-        if home is None:
-            alike.append([one])
+        for series in alike:
+            if on_one_grid(one, series[0]):
+                series.append(one)
+                break
         else:
-            home.append(one)
+            alike.append([one])
     return [series for alike in found.values() for series in alike]
 
 
@@ -299,16 +295,18 @@ def split_times(slices: list[Slice]) -> list[list[Slice]]:
 
 def split_doubles(slices: list[Slice]) -> list[list[Slice]]:
     """Return a series without its copies, or the time points that are at the same positions."""
-    at: dict[float, list[Slice]] = {}
-    for one, place in zip(slices, heights(slices, slices).round(2), strict=True):
-        others = at.setdefault(place, [])
-        if not others or not any(np.array_equal(one.read(), other.read()) for other in others):
-            others.append(one)
-    kept = [
-        sorted(ones, key=lambda one: one.header.get("InstanceNumber") or 0) for ones in at.values()
-    ]
+    places = heights(slices, slices)
+    order = np.argsort(places)
+    kept: list[list[Slice]] = []  # at each position
+    for group in np.split(order, np.flatnonzero(np.diff(places[order]) > SAME_MM) + 1):
+        kept.append([])
+        for one in sorted(
+            (slices[k] for k in group), key=lambda one: number(one, "InstanceNumber")
+        ):
+            if not any(np.array_equal(one.read(), other.read()) for other in kept[-1]):
+                kept[-1].append(one)
     if copies := len(slices) - sum(map(len, kept)):
-        print(f"slices that are there twice under two names and were taken once: {copies}")
+        print(f"slices that are there twice under two names and taken once: {copies}")
     if len({len(ones) for ones in kept}) == 1:
         return [list(time) for time in zip(*kept, strict=True)]
     return [[one for ones in kept for one in ones]]  # order_slices refuses them
@@ -317,11 +315,10 @@ def split_doubles(slices: list[Slice]) -> list[list[Slice]]:
 def decodable(one: Slice) -> bool:
     """Say whether the pixels of a slice are stored in a way that can be read."""
     syntax = read_file_meta_info(one.file).get("TransferSyntaxUID", "")
-    try:
-        known = get_decoder(syntax).is_available
-    except NotImplementedError:
-        return False
-    return known and not (syntax == JPEGExtended12Bit and one.header.get("BitsStored", 16) > 8)
+    with suppress(NotImplementedError):  # a syntax that pydicom does not know
+        deep = syntax == JPEGExtended12Bit and number(one, "BitsStored") > 8
+        return get_decoder(syntax).is_available and not deep
+    return False
 
 
 def find_fault(slices: list[Slice]) -> str:
@@ -330,14 +327,10 @@ def find_fault(slices: list[Slice]) -> str:
     positions = {str(one.header.get("ImagePositionPatient")) for one in slices}
     unit = header.get("RescaleType") or "HU"
     faults = {
-        f"{header.get('Modality') or 'of a kind that is not said'}, no CT": (
-            header.get("Modality") != "CT"
-        ),
+        f"{text(slices[0], 'Modality') or 'of no kind'}, not CT": header.get("Modality") != "CT",
         "a scout": "LOCALIZER" in (header.get("ImageType") or ()),
         "pictures without positions in the patient": any(
-            not one.header.get(keyword)
-            for one in slices
-            for keyword in ("ImagePositionPatient", *GRID)
+            not one.header.get(key) for one in slices for key in ("ImagePositionPatient", *GRID)
         ),
         "in colour": header.get("SamplesPerPixel", 1) != 1,
         f"in {unit}, not HU": unit not in ("HU", "HU_MOD", "US"),  # US: it is not said
@@ -347,35 +340,31 @@ def find_fault(slices: list[Slice]) -> str:
     return next((fault for fault, is_so in faults.items() if is_so), "")
 
 
-def check_line(slices: list[Slice]) -> None:
-    """Raise ValueError if slices do not lie on one line, so that no one affine fits them."""
+def check_line(slices: list[Slice]) -> list[Slice]:
+    """Return the slices. Raises ValueError if they are not on one line, so that no affine fits."""
     places_mm = np.array([vector(one, "ImagePositionPatient", 3) for one in slices])
     normal = np.cross(*vector(slices[0], "ImageOrientationPatient", 6).reshape(2, 3))
     line_mm = np.linspace(places_mm[0], places_mm[-1], len(slices))
-    aside_mm = (places_mm - line_mm) @ (np.eye(3) - np.outer(normal, normal))
-    far = np.linalg.norm(aside_mm, axis=1)
-    if far.max() > DRIFT_PIXELS * vector(slices[0], "PixelSpacing", 2).min():
+    aside_mm = np.linalg.norm(np.cross(places_mm - line_mm, normal), axis=1)
+    if aside_mm.max() > DRIFT_PIXELS * vector(slices[0], "PixelSpacing", 2).min():
         raise ValueError(
-            f"{slices[far.argmax()].path} lies {far.max():.3g} mm aside of the line from the first "
-            f"to the last slice, as if two scans were mixed: {AGAIN}"
+            f"{slices[aside_mm.argmax()].path} lies {aside_mm.max():.3g} mm aside of the line from "
+            f"the first slice to the last, as if two scans were mixed: {AGAIN}"
         )
+    return slices
 
 
 def examine(slices: list[Slice]) -> Iterator[Series]:
     """Yield the time points of a series, in order, with what speaks against taking them."""
-    if fault := find_fault(slices):
-        yield Series(slices, fault)
-        return
+    fault = find_fault(slices)
     try:
-        times = [time for part in split_times(slices) for time in split_doubles(part)]
+        parts = [] if fault else split_times(slices)
+        times = [time for part in parts for time in split_doubles(part)] or [slices]
     except ValueError as error:
-        yield Series(slices, str(error))
-        return
+        times, fault = [slices], str(error)
     for time in times:
         try:
-            ordered = order_slices(time)
-            check_line(ordered)
-            yield Series(ordered, "")
+            yield Series(time if fault else check_line(order_slices(time)), fault)
         except ValueError as error:
             yield Series(time, str(error))
 
@@ -405,38 +394,28 @@ def preference(series: Series) -> tuple:
 
 
 def find_series(folder: Path) -> list[Series]:
-    """Return the series below a folder, oldest study first."""
-
-    def when(slices: list[Slice]) -> list[str]:
-        header = slices[0].header
-        number = f"{int(header.get('SeriesNumber') or 0):09d}"
-        return [*(str(header.get(keyword)) for keyword in STUDY), number]
-
-    groups = sorted(split_series(find_slices(folder)), key=when)
+    """Return the series below a folder, oldest study first. Raises ValueError if there are none."""
+    groups = split_series(find_slices(folder))
+    if not groups:
+        raise ValueError(f"{folder} holds no DICOM images")
+    groups.sort(key=lambda slices: number(slices[0], "SeriesNumber"))
+    groups.sort(key=lambda slices: [str(slices[0].header.get(keyword)) for keyword in STUDY])
     return [one for slices in groups for one in examine(slices)]
 
 
 def describe(series: list[Series]) -> str:
     """Return the table of series, and a line for each that cannot be taken."""
     studies = list(dict.fromkeys(one.slices[0].header.get(STUDY[-1]) for one in series))
-    rows = []
-    for number, (slices, fault) in enumerate(series, 1):
+    rows, faults = [], []
+    for n, (slices, fault) in enumerate(series, 1):
         one = slices[0]
-        spacing_mm = [] if fault else nib.affines.voxel_sizes(make_affine(slices))
-        rows.append(
-            {
-                "series": number,
-                "study": studies.index(one.header.get(STUDY[-1])) + 1,
-                "description": text(one, "SeriesDescription"),
-                "slices": len(slices),
-                "spacing_mm": " x ".join(f"{mm:.3g}" for mm in spacing_mm),
-                "kernel": text(one, "ConvolutionKernel"),
-                "size": sides(shape(one)[::-1]),
-            }
-        )
-    table = pd.DataFrame(rows).replace("", "-").to_string(index=False)
-    faults = {number: one.fault for number, one in enumerate(series, 1) if one.fault}
-    return "\n".join([table, *(f"series {n} is passed over: {why}" for n, why in faults.items())])
+        study = studies.index(one.header.get(STUDY[-1])) + 1
+        mm = [] if fault else nib.affines.voxel_sizes(make_affine(slices)).round(3)
+        told, kernel = text(one, "SeriesDescription"), text(one, "ConvolutionKernel")
+        rows.append((n, study, told, len(slices), sides(mm), kernel, sides(shape(one)[::-1])))
+        faults += [f"series {n} is passed over: {fault}"] if fault else []
+    table = pd.DataFrame(rows, columns=COLUMNS).replace("", "-")
+    return "\n".join([table.to_string(index=False), *faults])
 
 
 def choose(series: list[Series], wanted: int | None, every: bool) -> list[int]:
@@ -444,14 +423,13 @@ def choose(series: list[Series], wanted: int | None, every: bool) -> list[int]:
 
     Raises ValueError if there is none, or if the one that is wanted cannot be taken.
     """
-    sound = [number for number, one in enumerate(series, 1) if not one.fault]
+    sound = [n for n, one in enumerate(series, 1) if not one.fault]
     if not sound:
         raise ValueError("no CT series here can be taken")
     if wanted and wanted not in sound:
         raise ValueError(f"--series {wanted} cannot be taken, wanted one of {sound}")
-    if wanted or every:
-        return [wanted] if wanted else sound
-    return [max(sound, key=lambda number: preference(series[number - 1]))]
+    best = max(sound, key=lambda n: preference(series[n - 1]))
+    return sound if every else [wanted or best]
 
 
 def straight_grid(slices: list[Slice]) -> tuple[tuple[int, ...], np.ndarray]:
@@ -487,54 +465,27 @@ def make_volume(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def turn_values(slices: list[Slice]) -> list[Slice]:
-    """Return slices whose values are those of a CT; some who write MONOCHROME1 turn them round.
-
-    By the standard it changes what is shown as white, and no value.
-    """
-    middle = slices[len(slices) // 2]
+    """Return slices whose values are HU; some turn them round with MONOCHROME1, which is wrong."""
+    if slices[0].header.get("PhotometricInterpretation") != "MONOCHROME1":
+        return slices
     turned = [one._replace(read=partial(read_frame, one, inverted=True)) for one in slices]
-    slope, intercept = rescale(middle)
-    shares = [
-        np.mean(one.read() * slope + intercept < FAT_HU)
-        for one in (middle, turned[len(slices) // 2])
-    ]
-    if middle.header.get("PhotometricInterpretation") != "MONOCHROME1" or shares[0] > shares[1]:
+    slope, intercept = rescale(slices[0])
+    stacks = [stack[len(slices) // 2].read() * slope + intercept for stack in (slices, turned)]
+    shares = [np.mean(hu < FAT_HU) for hu in stacks]
+    if shares[0] >= shares[1]:
         return slices
     print("air is white (MONOCHROME1) and its values are the highest: they are turned round")
     return turned
 
 
-def fit_mask(one: Series, mask: nib.Nifti1Image) -> Series:
-    """Return a series; with a fault if the mask does not lie on the grid that is made of it."""
-    if one.fault:
-        return one
-    size, affine = straight_grid(one.slices)
-    corners = np.argwhere(np.ones((2, 2, 2))) * (np.array(size) - 1)  # (8, x y z)
-    places = nib.affines.apply_affine(np.linalg.inv(mask.affine) @ affine, corners)
-    off = np.minimum(np.abs(places), np.abs(places - np.array(mask.shape[:3]) + 1)).max()
-    return one if off < STEP_TOLERANCE else one._replace(fault="the mask lies on another grid")
-
-
-def export_mask(one: Series, path: Path, identified: bool) -> Path:
-    """Write a mask as the DICOM segmentation of a series and return its path."""
-    from segmentation import write_segmentation  # what it imports takes a second
-
-    mask = nib.Nifti1Image(read_mask(path).view(np.uint8), open_volume(path).affine)
-    if not mask.dataobj.any():
-        raise ValueError(f"{named(path)} marks no liver in any slice: nothing to write")
-    target = ROOT / "preds" / re.sub(r"\.nii(\.gz)?$", ".dcm", path.name, flags=re.IGNORECASE)
-    with whole(target) as (draft,):
-        places = [(one.file, one.frame) for one in one.slices]
-        write_segmentation(draft, places, mask, make_affine(one.slices), identified)
-    return target
-
-
 def scan_name(options: argparse.Namespace, series: list[Series]) -> str:
     """Return how the scan is to be called. Raises ValueError if that would tell the patient."""
-    name = options.name or options.folder.resolve().name
-    if not options.name and any(hide(name, one.slices[0].header) != name for one in series):
-        raise ValueError("the folder is called after the patient: add --name NAME")
-    return re.sub(r"[^\w-]+", "_", name).strip("_")
+    folder = options.folder.resolve().name
+    told = any(hide(folder, one.slices[0].header) != folder for one in series)
+    name = re.sub(r"[^\w-]+", "_", options.name or folder).strip("_")
+    if not name or (told and not options.name):
+        raise ValueError("the folder has the patient's name, or none: add --name NAME")
+    return name
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -542,42 +493,56 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="DICOM files, in folders of any depth")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--series", type=int, metavar="N", help="the one of this number")
+    which.add_argument("--series", type=int, metavar="N", help="this one of the table")
     which.add_argument("--all", action="store_true", help="every series, as NAME_N")
     parser.add_argument("--name", help="of the scan (the folder's)")
     parser.add_argument("--mask", type=Path, help="a mask to write as DICOM segmentation")
-    parser.add_argument(
-        "--identified", action="store_true", help="with the patient's name in it, for a PACS"
-    )
+    parser.add_argument("--identified", action="store_true", help="with the patient, for a PACS")
     options = parser.parse_args(arguments)
     if not options.folder.is_dir():
         parser.error(f"{options.folder}: no such folder")
     return options
 
 
+def bring(options: argparse.Namespace) -> None:
+    """List the series, and write those to be taken to raw/test."""
+    series = find_series(options.folder)
+    print(describe(series))
+    for n in choose(series, options.series, options.all):
+        print(f"series {n} is taken")
+        name = scan_name(options, series) + (f"_{n}" if options.all else "")
+        path = ROOT / "raw" / "test" / f"{name}_orig.nii.gz"
+        volume, affine = make_volume(turn_values(series[n - 1].slices))
+        write_volumes({path: volume}, affine)
+        print(f"{named(path)} is written")
+
+
+def bring_back(options: argparse.Namespace) -> None:
+    """List the series, and write the mask as DICOM segmentation of the one that it fits."""
+    from segmentation import export_mask, fits  # what it imports takes a second
+
+    series = find_series(options.folder)
+    for n, (slices, fault) in enumerate(series):
+        if not fault and not fits(options.mask, *straight_grid(slices)):
+            series[n] = Series(slices, "the mask lies on another grid")
+    print(describe(series))
+    for n in choose(series, options.series, every=False):
+        slices = series[n - 1].slices
+        places = [(one.file, one.frame) for one in slices]
+        path = export_mask(options.mask, places, make_affine(slices), options.identified)
+        print(f"{named(path)} is written, of series {n}")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """List the series, take one and write it or its mask; errors leave in one sentence."""
+    """Bring a series or its mask, as the command line asks; errors leave in one sentence."""
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
+    warnings.simplefilter("ignore")  # pydicom's would print what stands in the header
+    pydicom.config.logger.setLevel("CRITICAL")
     try:
-        series = find_series(options.folder)
-        if options.mask:
-            mask = open_volume(options.mask)
-            series = [fit_mask(one, mask) for one in series]
-        print(describe(series))
-        for number in choose(series, options.series, options.all):
-            print(f"series {number} is taken")
-            one = series[number - 1]
-            if options.mask:
-                path = export_mask(one, options.mask, options.identified)
-            else:
-                name = scan_name(options, series) + (f"_{number}" if options.all else "")
-                path = ROOT / "raw" / "test" / f"{name}_orig.nii.gz"
-                volume, affine = make_volume(turn_values(one.slices))
-                write_volumes({path: volume}, affine)
-            print(f"{named(path)} is written")
-    except (ValueError, OSError) as error:
-        sys.exit(f"raw/dicom.py: {reason(error)}")
+        bring_back(options) if options.mask else bring(options)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"raw/dicom.py: {one_sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("raw/dicom.py: interrupted, nothing is half-written")
 

@@ -38,7 +38,6 @@ from dicom import (
     make_affine,
     order_slices,
     reading,
-    reason,
     shape,
     to_hu,
     vector,
@@ -47,7 +46,7 @@ from dicom import (
 from pydicom.pixels import pixel_array
 from scipy import ndimage
 from tqdm import tqdm
-from volumes import ROOT, damaged, named, sides, whole
+from volumes import ROOT, damaged, named, one_sentence, sides, whole
 
 RAW = ROOT / "raw"
 WORK = RAW / ".ircad"  # the downloads
@@ -443,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = check_patients(splits, get_patients(options, splits))
         report(table)
     except (ValueError, OSError) as error:
-        sys.exit(f"raw/ircad.py: {reason(error)}")
+        sys.exit(f"raw/ircad.py: {one_sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("raw/ircad.py: interrupted, the same command goes on with what is missing")
     finally:

@@ -1,5 +1,6 @@
 """Write a liver mask as a DICOM segmentation. Used by raw/dicom.py; it does nothing by itself."""
 
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentDescr
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 from scipy import ndimage
+from volumes import AFFINE_TOLERANCE, ROOT, named, open_volume, read_mask, whole
 
 # what a segmentation takes over from its series, so that a viewer finds and places it
 LINKS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
@@ -53,29 +55,36 @@ def describe_liver() -> SegmentDescription:
     )
 
 
-def place_mask(mask: nib.Nifti1Image, affine: np.ndarray, shape: tuple) -> np.ndarray:
+def fits(path: Path, shape: tuple, affine: np.ndarray) -> bool:
+    """Say whether a mask lies on a grid, whatever the order and direction of its axes."""
+    mask = open_volume(path)
+    corners = np.argwhere(np.ones((2, 2, 2))) * (np.array(shape) - 1)  # (8, x y z)
+    places = nib.affines.apply_affine(np.linalg.inv(mask.affine) @ affine, corners)
+    off = np.minimum(np.abs(places), np.abs(places - np.array(mask.shape[:3]) + 1))
+    return off.max() < AFFINE_TOLERANCE
+
+
+def place_mask(path: Path, affine: np.ndarray, shape: tuple) -> np.ndarray:
     """Return a mask on the slices with this affine, (slices, rows, columns) uint8, 0 or 1.
 
-    Each voxel takes the nearest one of the mask, whose axes may be others; on a straight grid of a
-    gantry that leaned, the one that it was moved to.
+    Each voxel takes the nearest one of the mask, whose axes may be others; if the gantry leaned,
+    the one that it was moved to. Raises ValueError for a mask without liver.
     """
-    to_mask = np.linalg.inv(mask.affine) @ affine  # from (column, row, slice)
-    voxels = np.asarray(mask.dataobj)
+    to_mask = np.linalg.inv(open_volume(path).affine) @ affine  # from (column, row, slice)
+    voxels = read_mask(path).view(np.uint8)
+    if not voxels.any():
+        raise ValueError(f"{named(path)} marks no liver in any slice: nothing to write")
     return ndimage.affine_transform(
         voxels, to_mask, output_shape=shape[::-1], order=0, mode="nearest"
     ).transpose(2, 1, 0)
 
 
-def write_segmentation(
-    path: Path,
-    places: list[tuple[Path, int]],
-    mask: nib.Nifti1Image,
-    affine: np.ndarray,
-    identified: bool,
-) -> None:
-    """Write a mask as a DICOM segmentation of the slices that it was made from.
+def export_mask(
+    mask: Path, places: list[tuple[Path, int]], affine: np.ndarray, identified: bool
+) -> Path:
+    """Write a mask as a DICOM segmentation to preds/ and return its path.
 
-    Raises ValueError if the headers of the slices do not allow it.
+    Raises ValueError if the headers of the slices do not allow it, or if the mask is empty.
     places : file and frame of each slice; affine : from (column, row, slice) of these, mm
     """
     files = list(dict.fromkeys(file for file, _ in places))
@@ -101,4 +110,7 @@ def write_segmentation(
         software_versions=VERSION,
         device_serial_number="-",
     )
-    segmentation.save_as(path)
+    path = ROOT / "preds" / re.sub(r"\.nii(\.gz)?$", ".dcm", mask.name, flags=re.IGNORECASE)
+    with whole(path) as (draft,):
+        segmentation.save_as(draft)
+    return path
