@@ -60,6 +60,7 @@ def download(url: str) -> Path:
     try:
         return Path(fetcher.fetch(ZIP, downloader=bar))
     except (requests.RequestException, ValueError) as error:  # ValueError: another checksum
+        print(file=sys.stderr)  # the bar stays where it stopped, and the sentence goes below
         kind = type(error).__name__ if isinstance(error, requests.RequestException) else "damaged"
         raise ConnectionError(f"{url}{ZIP} does not come whole ({kind}): {BY_HAND}") from error
 
