@@ -234,7 +234,7 @@ def frames(header: pydicom.Dataset) -> Iterator[pydicom.Dataset]:
     common = {e.tag: e for e in header if e.keyword in KEYWORDS and e.keyword not in FRAMES}
     shared = header.get("SharedFunctionalGroupsSequence") or [()]
     for count, group in enumerate(groups, 1):
-        flat = pydicom.Dataset(common)
+        flat = pydicom.Dataset(dict(common))
         for sequence in (*shared[0], *group):
             if sequence.VR == "SQ" and sequence.value:
                 flat.update({e.tag: e for e in sequence.value[0] if e.keyword in KEYWORDS})
@@ -437,7 +437,7 @@ def straight_grid(slices: list[Slice]) -> tuple[tuple[int, ...], np.ndarray]:
     affine, (rows, columns), count = make_affine(slices), shape(slices[0]), len(slices)
     plane = affine[:3, :2]
     lean = affine[:3, 2] @ plane / (plane**2).sum(axis=0)  # columns and rows aside, a slice
-    drift = lean * (count - 1)
+    drift = (lean * (count - 1)).round(3)
     if np.abs(drift).max() < DRIFT_PIXELS:
         return (columns, rows, count), affine
     straight = affine.copy()
@@ -459,7 +459,7 @@ def make_volume(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
     for k in range(size[2]):
         plane = np.full(size[:2], AIR_HU, np.float32)
         plane[: volume.shape[0], : volume.shape[1]] = volume[:, :, k]
-        aside = to_straight[:2, 2] * k + to_straight[:2, 3]
+        aside = (to_straight[:2, 2] * k + to_straight[:2, 3]).round(6)
         straight[:, :, k] = np.rint(ndimage.shift(plane, aside, order=1, cval=AIR_HU))
     return straight, affine
 

@@ -87,18 +87,17 @@ def export_mask(
     Raises ValueError if the headers of the slices do not allow it, or if the mask is empty.
     places : file and frame of each slice; affine : from (column, row, slice) of these, mm
     """
-    files = list(dict.fromkeys(file for file, _ in places))
-    sources = [read_source(file, identified) for file in files]
-    count = int(sources[0].get("NumberOfFrames") or 1)
-    if count > 1 and len(files) > 1:
-        raise ValueError("the series is in several files of many slices, wanted one: export it so")
-    size = sources[0].Rows, sources[0].Columns
-    frames = np.zeros((max(count, len(files)), *size), np.uint8)
-    at = [frame if count > 1 else k for k, (_, frame) in enumerate(places)]
-    frames[at] = place_mask(mask, affine, (len(places), *size))
+    sources = [read_source(file, identified) for file in dict.fromkeys(file for file, _ in places)]
+    header = sources[0]
+    if many := "PerFrameFunctionalGroupsSequence" in header:
+        if len(sources) > 1:
+            raise ValueError("the series is in several files of many slices, wanted one file")
+        groups = header.PerFrameFunctionalGroupsSequence  # of all time points in the file
+        header.PerFrameFunctionalGroupsSequence = [groups[frame] for _, frame in places]
+        header.NumberOfFrames = len(places)
     segmentation = Segmentation(
         source_images=sources,
-        pixel_array=frames,
+        pixel_array=place_mask(mask, affine, (len(places), header.Rows, header.Columns)),
         segmentation_type="BINARY",
         segment_descriptions=[describe_liver()],
         series_instance_uid=generate_uid(),
@@ -110,6 +109,9 @@ def export_mask(
         software_versions=VERSION,
         device_serial_number="-",
     )
+    for group in segmentation.PerFrameFunctionalGroupsSequence if many else ():
+        for source in group.DerivationImageSequence[0].SourceImageSequence:
+            source.ReferencedFrameNumber = places[source.ReferencedFrameNumber - 1][1] + 1
     path = ROOT / "preds" / re.sub(r"\.nii(\.gz)?$", ".dcm", mask.name, flags=re.IGNORECASE)
     with whole(path) as (draft,):
         segmentation.save_as(draft)
