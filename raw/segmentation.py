@@ -26,8 +26,11 @@ MAKER = "Liver segmentation in CT with a U-net in Keras"
 VERSION = "1"
 
 
-def read_source(path: Path, identified: bool) -> pydicom.Dataset:
-    """Return what a segmentation needs of the header of its series."""
+def read_source(path: Path, identified: bool, step_mm: float) -> pydicom.Dataset:
+    """Return what a segmentation needs of the header of its series.
+
+    Raises ValueError if that is not there; slices without a thickness are as thick as their step.
+    """
     keywords = [*LINKS, *(PATIENT + CHARACTERS if identified else ())]
     header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=keywords)
     if not identified and "SpecificCharacterSet" in header:  # pydicom reads it in any case
@@ -35,6 +38,7 @@ def read_source(path: Path, identified: bool) -> pydicom.Dataset:
     for keyword in PATIENT:
         if keyword not in header:
             setattr(header, keyword, "")
+    header.SliceThickness = header.get("SliceThickness") or f"{step_mm:.6g}"
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
         if not header.get(keyword):
             raise ValueError(f"the series has no {keyword}, so that no viewer could place a mask")
@@ -87,7 +91,9 @@ def export_mask(
     Raises ValueError if the headers of the slices do not allow it, or if the mask is empty.
     places : file and frame of each slice; affine : from (column, row, slice) of these, mm
     """
-    sources = [read_source(file, identified) for file in dict.fromkeys(file for file, _ in places)]
+    step_mm = np.linalg.norm(affine[:3, 2])
+    files = dict.fromkeys(file for file, _ in places)
+    sources = [read_source(file, identified, step_mm) for file in files]
     header = sources[0]
     if many := "PerFrameFunctionalGroupsSequence" in header:
         if len(sources) > 1:

@@ -18,6 +18,7 @@ from test_ircad import put, stack
 
 import data
 
+pytest.importorskip("highdicom")  # there is none for Linux on ARM
 sys.path.insert(0, str(REPO / "raw"))
 import dicom  # noqa: E402  raw/ has to be on the path first
 import segmentation  # noqa: E402
