@@ -176,9 +176,8 @@ def make_affine(slices: list[Slice]) -> np.ndarray:
 
 def rescale(one: Slice) -> tuple[float, float]:
     """Return slope and intercept from stored values to HU."""
-    return float(one.header.get("RescaleSlope") or 1), float(
-        one.header.get("RescaleIntercept") or 0
-    )
+    slope, intercept = map(one.header.get, ("RescaleSlope", "RescaleIntercept"))
+    return float(slope or 1), float(intercept or 0)
 
 
 def to_hu(slices: list[Slice]) -> np.ndarray:
@@ -509,7 +508,7 @@ def bring(options: argparse.Namespace) -> None:
     series = find_series(options.folder)
     print(describe(series))
     for n in choose(series, options.series, options.all):
-        print(f"series {n} is taken")
+        print(f"series {n} is taken{'' if options.series else ', --series N takes another'}")
         name = scan_name(options, series) + (f"_{n}" if options.all else "")
         path = ROOT / "raw" / "test" / f"{name}_orig.nii.gz"
         volume, affine = make_volume(turn_values(series[n - 1].slices))

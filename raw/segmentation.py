@@ -83,6 +83,24 @@ def place_mask(path: Path, affine: np.ndarray, shape: tuple) -> np.ndarray:
     ).transpose(2, 1, 0)
 
 
+def read_sources(
+    places: list[tuple[Path, int]], identified: bool, step_mm: float
+) -> list[pydicom.Dataset]:
+    """Return the headers of the slices, or the one of the file that holds them all as frames.
+
+    Raises ValueError for frames in several files, which a segmentation cannot be made of.
+    """
+    files = dict.fromkeys(file for file, _ in places)
+    sources = [read_source(file, identified, step_mm) for file in files]
+    if groups := sources[0].get("PerFrameFunctionalGroupsSequence"):
+        if len(sources) > 1:
+            raise ValueError("the series is in several files of many slices, wanted one file")
+        # without the frames of other time points, which lie at the same positions
+        sources[0].PerFrameFunctionalGroupsSequence = [groups[frame] for _, frame in places]
+        sources[0].NumberOfFrames = len(places)
+    return sources
+
+
 def export_mask(
     mask: Path, places: list[tuple[Path, int]], affine: np.ndarray, identified: bool
 ) -> Path:
@@ -91,19 +109,11 @@ def export_mask(
     Raises ValueError if the headers of the slices do not allow it, or if the mask is empty.
     places : file and frame of each slice; affine : from (column, row, slice) of these, mm
     """
-    step_mm = np.linalg.norm(affine[:3, 2])
-    files = dict.fromkeys(file for file, _ in places)
-    sources = [read_source(file, identified, step_mm) for file in files]
-    header = sources[0]
-    if many := "PerFrameFunctionalGroupsSequence" in header:
-        if len(sources) > 1:
-            raise ValueError("the series is in several files of many slices, wanted one file")
-        groups = header.PerFrameFunctionalGroupsSequence  # of all time points in the file
-        header.PerFrameFunctionalGroupsSequence = [groups[frame] for _, frame in places]
-        header.NumberOfFrames = len(places)
+    sources = read_sources(places, identified, np.linalg.norm(affine[:3, 2]))
+    size = len(places), sources[0].Rows, sources[0].Columns
     segmentation = Segmentation(
         source_images=sources,
-        pixel_array=place_mask(mask, affine, (len(places), header.Rows, header.Columns)),
+        pixel_array=place_mask(mask, affine, size),
         segmentation_type="BINARY",
         segment_descriptions=[describe_liver()],
         series_instance_uid=generate_uid(),
@@ -115,9 +125,12 @@ def export_mask(
         software_versions=VERSION,
         device_serial_number="-",
     )
-    for group in segmentation.PerFrameFunctionalGroupsSequence if many else ():
-        for source in group.DerivationImageSequence[0].SourceImageSequence:
-            source.ReferencedFrameNumber = places[source.ReferencedFrameNumber - 1][1] + 1
+    if (
+        "PerFrameFunctionalGroupsSequence" in sources[0]
+    ):  # its frames count from 1, among those that were left out
+        for group in segmentation.PerFrameFunctionalGroupsSequence:
+            for source in group.DerivationImageSequence[0].SourceImageSequence:
+                source.ReferencedFrameNumber = places[source.ReferencedFrameNumber - 1][1] + 1
     path = ROOT / "preds" / re.sub(r"\.nii(\.gz)?$", ".dcm", mask.name, flags=re.IGNORECASE)
     with whole(path) as (draft,):
         segmentation.save_as(draft)

@@ -234,7 +234,7 @@ def test_the_table_lists_what_is_there_and_says_what_is_passed_over(raw, tmp_pat
         "series 1 is passed over: a scout",
         "series 5 is passed over: slices at one position, as for the timing of contrast medium",
         "series 6 is passed over: SR, not CT",
-        "series 4 is taken",
+        "series 4 is taken, --series N takes another",
         "raw/test/scan_orig.nii.gz is written",
     ]
 
