@@ -4,10 +4,10 @@
     python raw/dicom.py FOLDER --series 3  another one of the table that is printed; --all takes all
     python raw/dicom.py FOLDER --mask preds/NAME_liver.nii.gz
 
-The first two write raw/test/NAME_orig.nii.gz (int16, HU). NAME is that of the folder or --name,
-never the patient's, and nothing that tells who he is gets into a file or is printed: slices are
-named by their number in the series, not by their file. The last writes preds/NAME_liver.dcm, a
-DICOM segmentation that a viewer lays over the series it was made from.
+The first two write raw/test/NAME_orig.nii.gz (int16, HU), the last preds/NAME_liver.dcm, a DICOM
+segmentation that a viewer lays over its series. NAME is that of the folder or --name, never the
+patient's; nothing that tells who he is gets into a file or is printed, and a slice is named by its
+number in the series, not by its file.
 """
 
 import argparse
@@ -43,7 +43,7 @@ GRID_TOLERANCE = 1e-4  # mm between pixels, or of a direction's cosine: noise of
 SAME_MM = 0.01  # between slices that are meant to be at one position
 DRIFT_PIXELS = 0.5  # by which slices of an upright gantry may lie aside, the last from the first
 AIR_HU = -1024  # what padding becomes, the lowest value of a 12-bit CT
-FAT_HU = -100  # below it lie air and much of the fat
+UNITS = (None, "", "HU", "HU_MOD", "US")  # of rescaled values; US: unspecified
 
 WHO = ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber")  # kept out of all
 GRID = ("PixelSpacing", "ImageOrientationPatient")
@@ -108,8 +108,9 @@ def heights(slices: list[Slice], images: list[Slice]) -> np.ndarray:
 
 
 def number(one: Slice, keyword: str) -> int:
-    """Return a number of the header, 0 if it is not there."""
-    return int(one.header.get(keyword) or 0)
+    """Return a whole number of the header, 0 if there is none."""
+    value = str(one.header.get(keyword)).strip()
+    return int(value) if value.isdecimal() else 0
 
 
 def shape(one: Slice) -> tuple[int, ...]:
@@ -250,7 +251,7 @@ def find_slices(folder: Path) -> list[Slice]:
             continue
         try:
             file = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(KEYWORDS))
-            headers = list(frames(file))
+            headers = [header for header in frames(file) if list(header)]  # decodes all fields
         except Exception as error:  # pydicom has a class of error for each kind of damage
             passed[f"not read ({type(error).__name__})"] += 1
             continue
@@ -324,7 +325,6 @@ def find_fault(slices: list[Slice]) -> str:
     """Return why a series is no CT of a volume, "" if nothing speaks against it."""
     header = slices[0].header
     positions = {str(one.header.get("ImagePositionPatient")) for one in slices}
-    unit = header.get("RescaleType") or "HU"
     faults = {
         f"{text(slices[0], 'Modality') or 'of no kind'}, not CT": header.get("Modality") != "CT",
         "a scout": "LOCALIZER" in (header.get("ImageType") or ()),
@@ -332,8 +332,8 @@ def find_fault(slices: list[Slice]) -> str:
             not one.header.get(key) for one in slices for key in ("ImagePositionPatient", *GRID)
         ),
         "in colour": header.get("SamplesPerPixel", 1) != 1,
-        f"in {unit}, not HU": unit not in ("HU", "HU_MOD", "US"),  # US: it is not said
-        "slices at one position, as for the timing of contrast medium": len(positions) == 1,
+        f"in {text(slices[0], 'RescaleType')}, not HU": header.get("RescaleType") not in UNITS,
+        "at one position, a single slice or the timing of contrast medium": len(positions) == 1,
         "stored in a way that is not read here, export it uncompressed": not decodable(slices[0]),
     }
     return next((fault for fault, is_so in faults.items() if is_so), "")
@@ -470,7 +470,7 @@ def turn_values(slices: list[Slice]) -> list[Slice]:
     turned = [one._replace(read=partial(read_frame, one, inverted=True)) for one in slices]
     slope, intercept = rescale(slices[0])
     stacks = [stack[len(slices) // 2].read() * slope + intercept for stack in (slices, turned)]
-    shares = [np.mean(hu < FAT_HU) for hu in stacks]
+    shares = [np.mean(hu < -100) for hu in stacks]  # of air and fat
     if shares[0] >= shares[1]:
         return slices
     print("air is white (MONOCHROME1) and its values are the highest: they are turned round")

@@ -1,6 +1,9 @@
 """raw/dicom.py on hand-made DICOM files of a few pixels."""
 
+import errno
 import io
+import shutil
+import subprocess
 import sys
 
 import gdcm
@@ -232,7 +235,7 @@ def test_the_table_lists_what_is_there_and_says_what_is_passed_over(raw, tmp_pat
         "5 1 PreMonitoring 3 - - 32 x 32",
         "6 1 Dose 1 - - 32 x 32",
         "series 1 is passed over: a scout",
-        "series 5 is passed over: slices at one position, as for the timing of contrast medium",
+        "series 5 is passed over: at one position, a single slice or the timing of contrast medium",
         "series 6 is passed over: SR, not CT",
         "series 4 is taken, --series N takes another",
         "raw/test/scan_orig.nii.gz is written",
@@ -314,6 +317,23 @@ def test_slices_that_are_there_twice_are_taken_once_and_that_is_said(raw, tmp_pa
 def test_one_uid_for_all_files_does_not_make_them_copies(raw, tmp_path):
     files = {path: change(file, SOPInstanceUID="1.2.5") for path, file in series(ct()).items()}
     assert run(put(tmp_path / "scan", files)) == 0
+    np.testing.assert_array_equal(stored(raw), ct())
+
+
+def test_a_number_with_a_letter_in_it_costs_no_slice(raw, tmp_path):
+    files = series(ct())
+    files["a/image_2"] = files["a/image_2"].replace(b"IS\x02\x002 ", b"IS\x02\x002A")
+    assert b"2A" in files["a/image_2"]
+    assert run(put(tmp_path / "scan", files)) == 0
+    np.testing.assert_array_equal(stored(raw), ct())
+
+
+def test_a_segmentation_that_lies_beside_its_series_is_passed_over(raw, tmp_path, capsys):
+    folder = put(tmp_path / "scan", series(ct()))
+    assert run(folder, "--mask", save_mask(tmp_path, marked())) == 0
+    (tmp_path / "preds" / "scan_liver.dcm").rename(folder / "scan_liver.dcm")
+    assert run(folder) == 0
+    assert "SEG, not CT" in capsys.readouterr().out
     np.testing.assert_array_equal(stored(raw), ct())
 
 
@@ -540,6 +560,12 @@ def test_a_mask_that_cannot_be_laid_over_is_one_sentence(
     assert sorted(path.name for path in (tmp_path / "preds").iterdir()) == ["scan_liver.nii.gz"]
 
 
+def test_a_name_of_two_signs_is_hidden_where_two_letters_are_not():
+    header = Dataset()
+    header.PatientName, header.PatientID = "Li^An=李^安", "7"
+    assert dicom.hide("abdomen 李 late, series 7", header) == "abdomen *** late, series 7"
+
+
 SECRETS = ["mueller", "gerda", "4711", "0815", "19500203", "a998877", "vincenz", "brinkmann"]
 SECRETS += ["112233", "20200101"]
 
@@ -588,6 +614,32 @@ def test_a_scan_of_the_user_is_never_overwritten(raw, tmp_path, capsys):
     assert run(folder) == 1
     assert "raw/test/scan_orig.nii.gz would be overwritten: take it away" in capsys.readouterr().err
     assert (raw / "test" / "scan_orig.nii.gz").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [(KeyboardInterrupt(), "interrupted"), (OSError(errno.ENOSPC, ""), "the disk is full")],
+)
+def test_stopped_while_writing_it_leaves_nothing(
+    raw, tmp_path, capsys, monkeypatch, error, sentence
+):
+    def stop(_, path):
+        path.write_text("half")
+        raise error
+
+    monkeypatch.setattr(dicom.nib, "save", stop)
+    assert run(put(tmp_path / "scan", series(ct()))) == 1
+    assert f"raw/dicom.py: {sentence}" in capsys.readouterr().err
+    assert names(raw) == []
+
+
+def test_importing_the_script_does_nothing(tmp_path):
+    for name in ("dicom.py", "volumes.py"):
+        shutil.copy(REPO / "raw" / name, tmp_path)
+    command = [sys.executable, "-B", "-c", "import dicom"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dicom.py", "volumes.py"]
 
 
 @pytest.mark.parametrize("files", [{}, {"a": b"not at all"}])
