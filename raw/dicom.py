@@ -409,7 +409,7 @@ def describe(series: list[Series]) -> str:
     for n, (slices, fault) in enumerate(series, 1):
         one = slices[0]
         study = studies.index(one.header.get(STUDY[-1])) + 1
-        mm = [] if fault else nib.affines.voxel_sizes(make_affine(slices)).round(3)
+        mm = [] if fault else nib.affines.voxel_sizes(straight_grid(slices)[1]).round(3)
         told, kernel = text(one, "SeriesDescription"), text(one, "ConvolutionKernel")
         rows.append((n, study, told, len(slices), sides(mm), kernel, sides(shape(one)[::-1])))
         faults += [f"series {n} is passed over: {fault}"] if fault else []

@@ -55,6 +55,8 @@ def download(url: str) -> Path:
 
     Raises ConnectionError if it does not come.
     """
+    if not (WORK / ZIP).exists():
+        print("3.2 GB come in one piece: stopped, the download starts again", flush=True)
     fetcher = pooch.create(WORK, url, registry={ZIP: f"md5:{MD5}"}, retry_if_failed=2)
     bar = pooch.HTTPDownloader(progressbar=True, chunk_size=2**18, timeout=60)
     try:

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import shutil
+import subprocess
 import sys
 import threading
 import zipfile
@@ -158,6 +160,7 @@ def test_whole_livers_are_downloaded_split_and_written_as_they_are(raw, serve, c
                 assert (raw / split / path.format(name)).read_bytes() == content
     said = capsys.readouterr().out
     assert said.count("CC BY 4.0") == said.count("J. Wasserthal et al.") == 1
+    assert "stopped, the download starts again" in said
     assert said.endswith("next: python data.py\n")
 
 
@@ -301,3 +304,12 @@ def test_a_source_that_is_no_such_set_is_one_sentence(raw, tmp_path, capsys, con
 def test_a_source_that_is_not_there_is_one_sentence(raw, capsys):
     assert run("--from", "nowhere") == 2
     assert "error: --from nowhere: no such file or folder" in capsys.readouterr().err
+
+
+def test_importing_the_script_does_nothing(tmp_path):
+    for name in ("totalsegmentator.py", "volumes.py"):
+        shutil.copy(REPO / "raw" / name, tmp_path)
+    command = [sys.executable, "-B", "-c", "import totalsegmentator"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["totalsegmentator.py", "volumes.py"]
