@@ -13,7 +13,6 @@ there is overwritten (to convert a patient again, delete the two files).
 """
 
 import argparse
-import errno
 import io
 import os
 import re
@@ -23,21 +22,31 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pydicom
 import requests
+from dicom import (
+    JUNK,
+    Slice,
+    heights,
+    make_affine,
+    order_slices,
+    reading,
+    shape,
+    to_hu,
+    vector,
+    write_volumes,
+)
 from pydicom.pixels import pixel_array
 from scipy import ndimage
 from tqdm import tqdm
-from volumes import ROOT, as_nifti, damaged, named, sides, whole
+from volumes import ROOT, damaged, named, one_sentence, sides, whole
 
 RAW = ROOT / "raw"
 WORK = RAW / ".ircad"  # the downloads
@@ -66,9 +75,6 @@ ZIP = re.compile(r".*ircad.*\.zip|(patient|masks)_dicom\.zip", re.IGNORECASE)
 STACK = re.compile(
     r".*/(patient_dicom|(?<=masks_dicom/)(?:liver|[^/]*(?:tum|cyst|kyst)[^/]*))/(.+)"
 )
-JUNK = re.compile(r"(^|/)(\.[^/]*|__MACOSX|DICOMDIR|Thumbs\.db|desktop\.ini)(/|$)", re.IGNORECASE)
-STORED_AXES = "LAS"  # nibabel's axis codes, those of the NIfTI files the tutorial used
-STEP_TOLERANCE = 0.1  # of a slice distance: positions may be rounded, a missing slice is off by 1
 
 LIVER_ML = (200, 4000)
 LIVER_HU = (0, 250)  # the median: from a fatty liver to one full of contrast medium
@@ -120,15 +126,6 @@ def download(url: str, number: int, path: Path) -> None:
                 raise kind(f"{url} gives no whole zip ({reason}): {BY_HAND}") from error
             print(f"patient {number}: {reason}, trying again")
             time.sleep(pause_s)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Let an error name the file that is read."""
-    try:
-        yield
-    except Exception as error:  # zipfile and pydicom have a class of error for each kind of damage
-        raise damaged(str(path), error, f"copy it again, or {AGAIN}") from error
 
 
 def patient_number(path: Path) -> int | None:
@@ -189,21 +186,13 @@ def find_patients(source: Path, asked: list[int] | None) -> set[int]:
     return set(asked) if nameless else numbers
 
 
-class Slice(NamedTuple):
-    """A DICOM file: its path, its header without the pixels, and these, (rows, columns)."""
-
-    path: Path
-    header: pydicom.Dataset
-    pixels: np.ndarray
-
-
 def read_slice(path: Path, read: Reader) -> Slice:
     """Return a DICOM file. Raises ValueError if it is damaged or of another kind."""
     with reading(path):
         header = pydicom.dcmread(io.BytesIO(read()))  # a zip compares the CRC
         pixels = pixel_array(header)
         del header.PixelData
-    return Slice(path, header, pixels)
+    return Slice(path, header, lambda: pixels)
 
 
 def read_stacks(source: Path, number: int) -> dict[str, list[Slice]]:
@@ -225,82 +214,6 @@ def read_stacks(source: Path, number: int) -> dict[str, list[Slice]]:
     return {stack: list(slices.values()) for stack, slices in stacks.items()}
 
 
-def vector(one: Slice, keyword: str, length: int) -> np.ndarray:
-    """Return the numbers of a header field, (length,). Raises ValueError if they are not there."""
-    value = one.header.get(keyword)
-    if value is None or np.size(value) != length:
-        raise ValueError(f"{one.path} has no {keyword} in its header: {AGAIN}")
-    return np.array(value, float).reshape(length)
-
-
-def heights(slices: list[Slice], images: list[Slice]) -> np.ndarray:
-    """Return where slices lie, (slices,) mm along the normal of the image slices."""
-    across, down = vector(images[0], "ImageOrientationPatient", 6).reshape(2, 3)
-    positions = [vector(one, "ImagePositionPatient", 3) for one in slices]  # (slices, xyz)
-    return np.array(positions) @ np.cross(across, down)
-
-
-def grid(one: Slice) -> str:
-    """Return what all slices of a scan have in common, as a person writes it."""
-    spacing_mm = vector(one, "PixelSpacing", 2).round(4).tolist()
-    axes = (vector(one, "ImageOrientationPatient", 6).round(4) + 0).tolist()  # no -0 but 0
-    return f"{sides(one.pixels.shape)} pixels of {sides(spacing_mm)} mm along {axes}"
-
-
-def order_slices(slices: list[Slice]) -> list[Slice]:
-    """Return the slices of a CT by their position along the normal; names do not count.
-
-    Raises ValueError if they are not one scan, or if a position is there twice or is missing.
-    """
-    first, wanted = slices[0], grid(slices[0])
-    for one in slices:  # the SeriesInstanceUID is not asked: two series meet at the same positions
-        if (found := grid(one)) != wanted:
-            raise ValueError(f"{one.path} is {found}, but {first.path.name} {wanted}: {AGAIN}")
-    if len(slices) < 2:
-        raise ValueError(f"{first.path} is the only slice, wanted a whole scan: {AGAIN}")
-    slices = [slices[k] for k in np.argsort(heights(slices, slices))]
-    steps_mm = np.diff(heights(slices, slices))
-    usual_mm = np.median(steps_mm)
-    for (one, other), step_mm in zip(pairwise(slices), steps_mm, strict=True):
-        if not abs(step_mm - usual_mm) < STEP_TOLERANCE * usual_mm:
-            raise ValueError(
-                f"{one.path} and {other.path.name} lie {step_mm:g} mm apart and other neighbours "
-                f"{usual_mm:g} mm, as if a slice were missing or there twice: {AGAIN}"
-            )
-    return slices
-
-
-def make_affine(slices: list[Slice]) -> np.ndarray:
-    """Return the affine (4, 4) from voxel (column, row, slice) to NIfTI's world, mm.
-
-    DICOM's world grows to the patient's left, back and head (LPS), NIfTI's to the right, front and
-    head (RAS). ImageOrientationPatient has the direction along a row, across columns, first;
-    PixelSpacing has the distance of the rows first. Noise of 32-bit floats is rounded away.
-    """
-    across, down = vector(slices[0], "ImageOrientationPatient", 6).reshape(2, 3)
-    row_mm, column_mm = vector(slices[0], "PixelSpacing", 2).round(6)
-    first, last = (vector(slices[k], "ImagePositionPatient", 3) for k in (0, -1))
-    step = (last - first) / (len(slices) - 1)
-    step *= np.linalg.norm(step).round(6) / np.linalg.norm(step)
-    lps = np.eye(4)
-    lps[:3] = np.column_stack([across * column_mm, down * row_mm, step, first.round(4)])
-    return np.diag([-1, -1, 1, 1]) @ lps
-
-
-def to_hu(slices: list[Slice]) -> np.ndarray:
-    """Return the CT as (columns, rows, slices) int16, HU. Raises ValueError for what overflows."""
-    rows, columns = slices[0].pixels.shape
-    volume = np.empty((columns, rows, len(slices)), np.int16, order="F")
-    for k, one in enumerate(slices):
-        slope = float(one.header.get("RescaleSlope") or 1)
-        hu = np.rint(one.pixels * slope + float(one.header.get("RescaleIntercept") or 0))
-        low, high = hu.min(), hu.max()
-        if low < -(2**15) or high >= 2**15:
-            raise ValueError(f"{one.path} holds {low:g} to {high:g} HU, wanted 16 bits: {AGAIN}")
-        volume[:, :, k] = hu.T  # (rows, columns) -> (columns, rows)
-    return volume
-
-
 def places(slices: list[Slice], images: list[Slice], keyword: str) -> list[int]:
     """Return the place of each slice in the CT, by ImagePositionPatient or InstanceNumber."""
     if keyword == "InstanceNumber":
@@ -318,12 +231,12 @@ def match_slices(masks: list[Slice], images: list[Slice]) -> np.ndarray:
     positions, or not those of the image, InstanceNumber decides, and that is printed; names never.
     Raises ValueError if the numbers or sizes of slices differ, or if the headers tell nothing.
     """
-    folder, shape = masks[0].path.parent, images[0].pixels.shape
+    folder, size = masks[0].path.parent, shape(images[0])
     if len(masks) != len(images):
         raise ValueError(f"{folder} has {len(masks)} slices, but the CT {len(images)}: {AGAIN}")
     for one in masks:
-        if one.pixels.shape != shape:
-            found, wanted = sides(one.pixels.shape), sides(shape)
+        if shape(one) != size:
+            found, wanted = sides(shape(one)), sides(size)
             raise ValueError(f"{one.path} is {found} pixels, but the CT {wanted}: {AGAIN}")
     for keyword in ("ImagePositionPatient", "InstanceNumber"):
         with suppress(ValueError):  # the headers do not have it
@@ -332,7 +245,7 @@ def match_slices(masks: list[Slice], images: list[Slice]) -> np.ndarray:
             if len(at) == len(images) and at.keys() == set(wanted):
                 if keyword == "InstanceNumber":
                     print(f"{folder} lacks the CT's positions: it is matched by InstanceNumber")
-                return np.stack([at[place].pixels.T > 0 for place in wanted], axis=-1)
+                return np.stack([at[place].read().T > 0 for place in wanted], axis=-1)
     raise ValueError(f"{folder} has neither positions nor InstanceNumbers of the CT: {AGAIN}")
 
 
@@ -386,11 +299,7 @@ def convert(source: Path, number: int, split: str) -> None:
     affine = make_affine(images)
     volumes = join_liver(stacks, images).astype(np.uint8), to_hu(images)
     paths = pair(number, split)
-    with whole(*paths) as drafts:
-        for volume, draft, path in zip(volumes, drafts, paths, strict=True):
-            nib.save(as_nifti(volume, affine, STORED_AXES), draft)  # gzipped without a date
-            if path.exists() and path.read_bytes() != draft.read_bytes():
-                raise ValueError(f"{named(path)} would be overwritten: take it away")
+    write_volumes(dict(zip(paths, volumes, strict=True)), affine)
 
 
 def is_whole(number: int, split: str) -> bool:
@@ -533,9 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
         table = check_patients(splits, get_patients(options, splits))
         report(table)
     except (ValueError, OSError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        reason = "the disk is full, make room and run the same command again" if full else error
-        sys.exit(f"raw/ircad.py: {reason}")
+        sys.exit(f"raw/ircad.py: {one_sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("raw/ircad.py: interrupted, the same command goes on with what is missing")
     finally:

@@ -5,6 +5,7 @@ Hounsfield units, NAME_orig.nii.gz or LiTS's volume-N.nii, and its liver mask, N
 segmentation-N.nii, where every label above 0 is liver. A volume is (x, y, z) as NIfTI stores it.
 """
 
+import errno
 import math
 import os
 import re
@@ -135,6 +136,12 @@ def damaged(file: str, error: Exception, again: str = "copy or convert it again"
     """Return the error of a file that is of another kind, cut short or damaged."""
     reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
     return ValueError(f"{file} cannot be read as a whole file ({reason}): {again}")
+
+
+def one_sentence(error: Exception) -> str:
+    """Return the sentence in which a script that writes files ends."""
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    return "the disk is full, make room and run the same command again" if full else str(error)
 
 
 def open_volume(path: Path) -> nib.Nifti1Image:

@@ -223,7 +223,7 @@ def test_every_geometry_has_the_affine_worked_out_by_hand(name):
     volume = np.arange(8 * 6 * 5, dtype=np.int16).reshape(8, 6, 5)  # (columns, rows, slices)
     files = stack(volume, first, step, orientation=orientation, spacing=(3, 1.5))
     slices = ircad.order_slices(read(files))
-    stored = ircad.as_nifti(ircad.to_hu(slices), ircad.make_affine(slices), "LAS")
+    stored = volumes.as_nifti(ircad.to_hu(slices), ircad.make_affine(slices), "LAS")
     np.testing.assert_allclose(stored.affine[:3], expected, atol=1e-6)
     across, down = np.reshape(orientation, (2, 3))
     for column, row, k in np.ndindex(volume.shape):  # every voxel is where its DICOM file says
@@ -895,8 +895,8 @@ def test_a_disk_that_fills_while_downloading_is_one_sentence(raw, serve, capsys,
 
 
 def copy_script(folder):
-    """Copy the script, and the module that it needs."""
-    for name in ("ircad.py", "volumes.py"):
+    """Copy the script, and the modules that it needs."""
+    for name in ("ircad.py", "dicom.py", "volumes.py"):
         shutil.copy(REPO / "raw" / name, folder)
 
 
@@ -943,7 +943,11 @@ def test_importing_the_script_does_nothing(tmp_path):
     command = [sys.executable, "-B", "-c", "import ircad"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ircad.py", "volumes.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "dicom.py",
+        "ircad.py",
+        "volumes.py",
+    ]
 
 
 @pytest.mark.skipif(
