@@ -550,8 +550,8 @@ def draw_hu(phase: str, lesion: str, rng) -> np.ndarray:
     for tissue in ("gut content", "stomach content", "stool"):
         kind = rng.uniform()
         hu[LABEL[tissue]] = rng.uniform(-20, 80)
-        if kind > 0.7:
-            hu[LABEL[tissue]] = liver + rng.uniform(-15, 15) if kind < 0.8 else rng.uniform(80, 600)
+        if kind > 0.5:  # a full stomach looks like liver, or is bright
+            hu[LABEL[tissue]] = liver + rng.uniform(-20, 20) if kind < 0.8 else rng.uniform(80, 600)
     hu[LABEL["bright spot"]] = np.exp(rng.uniform(np.log(180), np.log(2500)))
     return hu.astype(np.float32)
 
