@@ -2,7 +2,7 @@
 
 Used by the scripts beside it and by data.py; it does nothing by itself. A scan is a CT volume in
 Hounsfield units, NAME_orig.nii.gz or LiTS's volume-N.nii, and its liver mask, NAME_liver.nii.gz or
-segmentation-N.nii, where every label above 0 is liver. A volume is (x, y, z) as NIfTI stores it.
+segmentation-N.nii, with one label or LiTS's 1 and 2. A volume is (x, y, z) as NIfTI stores it.
 """
 
 import errno
@@ -27,6 +27,7 @@ NAMES = re.compile(
     re.IGNORECASE,
 )
 MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
+MIN_AIR = 0.005  # of the voxels of a CT, below -100 HU
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
 MIN_ORTHOGONALITY = 0.99  # a voxel's volume over that of a box with its sides; 8 degrees off
 OTHER_UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's xyzt_units; 2 is mm, 0 does not say
@@ -181,12 +182,29 @@ def check_header(path: Path) -> None:
             raise ValueError(f"{named(path)} {sentence}")
 
 
+def furthest_mm(shape: tuple, one: np.ndarray, other: np.ndarray) -> float:
+    """Return how far two affines put a voxel of a volume apart at most, in mm along one axis."""
+    corners = np.argwhere(np.ones((2, 2, 2))) * (np.array(shape[:3]) - 1)  # (8, x y z)
+    places_mm = [nib.affines.apply_affine(affine, corners) for affine in (one, other)]
+    return np.abs(np.subtract(*places_mm)).max()
+
+
 def check_patient(patient: Patient) -> None:
     """Raise ValueError if a header is not usable, or if image and mask are not on one grid."""
     check_header(patient.image)
     image = open_volume(patient.image)
-    if image.header["sform_code"] == image.header["qform_code"] == 0:
-        print(f"{named(patient.image)} does not say how it lies: check left and right in preds/")
+    codes = image.header["sform_code"], image.header["qform_code"]
+    apart_mm = furthest_mm(image.shape, image.get_sform(), image.get_qform()) if all(codes) else 0
+    warnings = {
+        "does not say how it lies: check left and right in preds/": not any(codes),
+        "has an identity affine, as if its own was lost: mm and ml may be wrong, and left and "
+        "right": any(codes) and np.array_equal(image.affine, np.eye(4)),
+        f"has an sform and a qform that put one voxel {apart_mm:.3g} mm apart: the sform is taken, "
+        "check left and right in preds/": apart_mm > 0.1,
+    }
+    for sentence, odd in warnings.items():
+        if odd:
+            print(f"{named(patient.image)} {sentence}")
     if patient.mask is None:
         return
     check_header(patient.mask)
@@ -196,9 +214,7 @@ def check_patient(patient: Patient) -> None:
             f"{named(patient.image)} is {sides(image.shape[:3])} but its mask {patient.mask.name} "
             f"is {sides(mask.shape[:3])}: export the mask on the image's grid"
         )
-    corners = np.argwhere(np.ones((2, 2, 2))) * (np.array(image.shape[:3]) - 1)  # (8, x y z)
-    places_mm = [nib.affines.apply_affine(file.affine, corners) for file in (image, mask)]
-    apart = np.abs(np.subtract(*places_mm)).max()
+    apart = furthest_mm(image.shape, image.affine, mask.affine)
     if not apart <= AFFINE_TOLERANCE * nib.affines.voxel_sizes(image.affine).min():
         raise ValueError(
             f"{named(patient.image)} and its mask {patient.mask.name} have affines that put one "
@@ -232,22 +248,29 @@ def read_voxels(path: Path) -> tuple[np.ndarray, float, float]:
 
 
 def read_image(path: Path) -> tuple[np.ndarray, float, float]:
-    """Return what `read_voxels` does, for a CT image. Raises ValueError if it is not in HU."""
+    """Return what `read_voxels` does, for a CT image.
+
+    Raises ValueError if it is not in HU: air and fat below -100 HU fill a part of every CT, be it
+    clipped, and a part of it that one odd corner of another image does not.
+    """
     voxels, slope, inter = read_voxels(path)
     low, high = sorted((voxels.min() * slope + inter, voxels.max() * slope + inter))
-    if low >= 0 or high < 0:
+    fat = (-100 - inter) / slope  # as stored
+    air = np.count_nonzero(voxels < fat if slope > 0 else voxels > fat) / voxels.size
+    if air < MIN_AIR or high < 0:
         raise ValueError(
-            f"{named(path)} holds values from {low:g} to {high:g}, wanted Hounsfield units with "
-            "air and fat below 0 and organs above: convert it with the DICOM's rescale slope and "
-            "intercept"
+            f"{named(path)} holds values from {low:g} to {high:g}, {air:.2%} of them below "
+            "-100, wanted Hounsfield units with air and fat below -100 and organs above 0: convert "
+            "it with the DICOM's rescale slope and intercept"
         )
     return voxels, slope, inter
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Return the liver on the file's own grid, (x, y, z) bool: every label above 0 is liver.
+    """Return the liver on the file's own grid, (x, y, z) bool.
 
-    Raises ValueError if the values are not labels: negative, fractions, or too many of them.
+    That is one label of any value, or LiTS's 1 and 2, liver and tumour. Raises ValueError if the
+    values are not labels (negative, fractions, too many of them), or are those of several organs.
     """
     voxels, slope, inter = read_voxels(path)
     labels: set[float] = set()
@@ -255,13 +278,25 @@ def read_mask(path: Path) -> np.ndarray:
         flat = plane.ravel(order="K")
         changes = np.flatnonzero(flat[1:] != flat[:-1])  # labels are few runs of equal values
         found = np.unique(np.append(flat[changes], flat[-1])) * slope + inter
-        labels.update(np.round(found, 3).tolist())  # scaled labels are whole but for rounding
+        near = np.rint(found)  # scaled labels are whole but for rounding
+        labels.update(np.where(np.abs(found - near) < 0.01, near, found).tolist())
         if len(labels) > MAX_LABELS or min(labels) < 0 or any(label % 1 for label in labels):
             raise ValueError(
                 f"{named(path)} is no label mask, it holds values like "
                 f"{', '.join(f'{label:g}' for label in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
                 "background and 1 for liver: export it as a binary label map"
             )
+    if len(labels - {0}) > 1 and not labels <= {0, 1, 2}:
+        voxel_ml = np.prod(nib.affines.voxel_sizes(open_volume(path).affine)) / 1000
+        sizes_ml = {
+            int(label): np.count_nonzero(np.abs(voxels * slope + inter - label) < 0.5) * voxel_ml
+            for label in sorted(labels - {0})
+        }
+        raise ValueError(
+            f"{named(path)} holds several organs, label: ml "
+            f"{', '.join(f'{label}: {ml:.3g}' for label, ml in sizes_ml.items())}; wanted one "
+            "label, or LiTS's 1 and 2: keep the liver's label and set the others to 0"
+        )
     half = (0.5 - inter) / slope  # as stored; scaling the voxels would take their memory again
     return voxels > half if slope > 0 else voxels < half
 

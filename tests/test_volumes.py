@@ -256,12 +256,27 @@ VALUES = {
     "gray values": (
         volumes.read_image,
         body_and_liver()[0].clip(0, 255),
-        "holds values from 0 to 255, wanted Hounsfield units",
+        "holds values from 0 to 255, 0.00% of them below -100, wanted Hounsfield units",
+    ),
+    "shifted by 1024, with an odd corner": (
+        volumes.read_image,
+        np.where(np.arange(6144).reshape(32, 32, 6) < 9, -1024, body_and_liver()[0] + 1024),
+        "holds values from -1024 to 1724, 0.15% of them below -100, wanted Hounsfield units",
+    ),
+    "brought to a mean of 0 and a deviation of 1": (
+        volumes.read_image,
+        ((body_and_liver()[0] + 250) / 500).astype(np.float32),
+        "holds values from -1.5 to 1.9, 0.00% of them below -100, wanted Hounsfield units",
+    ),
+    "several organs": (  # voxels of 2 cubic mm: 300 of the liver, and 80 of bone as a kidney
+        volumes.read_mask,
+        (body_and_liver()[1] + 2 * (body_and_liver()[0] == 700) + 0).astype(np.uint8) * 2,
+        "holds several organs, label: ml 2: 0.6, 4: 0.16; wanted one label, or LiTS's 1 and 2",
     ),
     "all below zero": (
         volumes.read_image,
         body_and_liver()[0] - 2000,
-        "holds values from -3000 to -1300, wanted Hounsfield units",
+        "holds values from -3000 to -1300, 100.00% of them below -100, wanted Hounsfield units",
     ),
     "NaN in a mask": (
         volumes.read_mask,
@@ -297,6 +312,35 @@ def test_every_label_above_zero_is_liver(root, labels):
     values[6, 8, 3] = labels[-1]
     path = save(root / "p1_liver.nii.gz", values)
     np.testing.assert_array_equal(volumes.read_mask(path), liver > 0)
+
+
+def test_a_scan_that_is_clipped_to_the_window_is_still_in_hounsfield_units(root):
+    clipped = body_and_liver()[0].clip(-160, 240)
+    stored, _, _ = volumes.read_image(save(root / "p1_orig.nii", clipped))
+    np.testing.assert_array_equal(stored, clipped)
+
+
+def test_labels_that_scaling_has_bent_are_labels(root):
+    liver = body_and_liver()[1]
+    bent = liver * np.float32(0.996)
+    bent[6, 8, 3] = 2
+    np.testing.assert_array_equal(volumes.read_mask(save(root / "p1_liver.nii", bent)), liver > 0)
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "sentence"),
+    [
+        (np.eye(4), np.eye(4), "has an identity affine, as if its own was lost"),
+        (np.diag([-1, -1, 2, 1]), np.diag([1, -1, 2, 1]), "put one voxel 62 mm apart: the sform"),
+    ],
+)
+def test_a_header_that_may_mislead_is_said(root, capsys, sform, qform, sentence):
+    image = nib.Nifti1Image(body_and_liver()[0], sform)  # 32 voxels of 1 mm along x
+    image.set_sform(sform, 1)
+    image.set_qform(qform, 1)
+    nib.save(image, root / "p1_orig.nii")
+    volumes.check_patient(volumes.Patient("p1", root / "p1_orig.nii", None))
+    assert sentence in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
