@@ -544,6 +544,7 @@ def draw_hu(phase: str, lesion: str, rng) -> np.ndarray:
     elif rng.uniform() < 0.4:
         hu[LABEL["liver"]] -= rng.uniform(0, 45)  # fat in the liver darkens it
     liver = hu[LABEL["liver"]]
+    hu[LABEL["muscle"]] += 0.4 * (liver - hu[LABEL["muscle"]])  # hard on purpose: they touch
     for tissue in LESION_TISSUES:
         cyst = lesion == "cyst" and rng.uniform() < 0.5
         hu[LABEL[tissue]] = rng.uniform(0, 20) if cyst else liver + rng.uniform(-80, 50)
