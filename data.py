@@ -4,13 +4,15 @@
     python data.py --size 128      smaller and faster
     python data.py --only test     new scans for a trained model, raw/train may be empty
     python data.py --oblique 4     four tilted stacks of each training scan as well
+    python data.py --label 6       masks of several organs, in which the liver is 6, as in AMOS
 
-It reads `NAME_orig.nii.gz` with `NAME_liver.nii.gz` (or LiTS's `volume-N` with `segmentation-N`,
-`.nii` or `.nii.gz`) from raw/train and raw/test and writes, next to itself and for each split:
+It reads `NAME_orig.nii.gz` with `NAME_liver.nii.gz`, or another of the LAYOUTS in raw/scans.py,
+from raw/train and raw/test and writes, next to itself and for each split:
 
     imgs_train.npy     (slices, rows, columns) uint8, gray values of the HU window
     masks_train.npy    (slices, rows, columns) uint8, 1 in the liver and 0 elsewhere
-    slices_train.csv   a line a slice: patient, slice index in the file, tilt, liver or not, files
+    slices_train.csv   a line a slice: scan, patient, slice index in the file, tilt, liver, files
+    scans_train.csv    a line a scan, printed too: what was read, and what is odd about it
 
 Slices are axial and upright: the patient's right on the left of the picture, front at the top. A
 slice is (rows, columns) as in the scan, a picture is a slice resized and padded to size x size.
@@ -19,35 +21,36 @@ axial, and the slice index then counts along the tilted axis.
 `restore` is the way back, from slices to the voxels of the file they came from.
 """
 
-import argparse
 import csv
 import os
+import re
 import signal
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel import orientations
 from PIL import Image
 from tqdm import tqdm
 
-from raw import volumes
-from raw.volumes import ROOT, Patient, named
+from raw import scans, volumes
+from raw.scans import Files
+from raw.volumes import AIR_HU, ROOT, Volume, grid, named, upright, upright_orientation
 
 WORKERS = min(os.cpu_count() or 1, 8)  # threads; a volume each takes memory
 SIZE = 256  # pixels a side as in the tutorial; four poolings want a multiple of 16
+BYTES_A_VOXEL = 3, 12  # beside twice the larger file's: axial, oblique
 WINDOW_HU = (-160.0, 240.0)  # the abdominal soft-tissue window: level 40, width 400
 # How the stacks of tilt 0, 1, 2, ... lean, (towards, degrees): their axis, from the head towards
 # 1 the back or 2 the patient's left, so that they turn about the left-right or front-back axis.
 TILTS = ((1, 0), (1, 20), (2, 20), (1, -20), (2, -20))
 AXIAL = range(1)  # the tilts that are cut without --oblique
-AIR_HU = -1000.0  # what lies beyond a volume
-FILES = ("imgs_{}.npy", "masks_{}.npy", "slices_{}.csv")  # what a split is written to
-COLUMNS = ("patient", "slice", "tilt", "liver", "image", "mask")
+FILES = ("imgs_{}.npy", "masks_{}.npy", "slices_{}.csv", "scans_{}.csv")  # of a split
+COLUMNS = ("scan", "patient", "slice", "tilt", "liver", "image", "mask", "label")
 
 
 class Slices(NamedTuple):
@@ -58,94 +61,108 @@ class Slices(NamedTuple):
     slices: object  # pandas.DataFrame, a row a slice
 
 
-def slice_all(splits: dict[str, list[Patient]], size: int, oblique: int, workers: int) -> list[str]:
-    """Write the arrays and tables of all splits, all or nothing; oblique slices for training only.
+def slice_all(found: dict[str, list[Files]], faults: list[str], options: Namespace) -> None:
+    """Write the arrays and tables of the splits that are asked for, all or nothing.
 
-    Returns what was written, a line a split.
+    Prints what they hold. Raises ValueError with a line for each scan that cannot be used, `faults`
+    being what was wrong with their names.
     """
-    for patient in sum(splits.values(), []):
-        volumes.check_patient(patient)
-    paths = [ROOT / name.format(split) for split in splits for name in FILES]
-    written = []
-    with volumes.whole(*paths) as drafts:
-        for n, (split, patients) in enumerate(splits.items()):
-            tilts = range(1 + oblique * (split == "train"))
-            files = drafts[3 * n : 3 * n + 3]
-            written.append(slice_split(split, patients, files, size, tilts, workers))
-    return written
+    splits = [options.only] if options.only else [*found]
+    paths = {split: [ROOT / name.format(split) for name in FILES] for split in found}
+    rows = {split: scans.read_table(paths[split][-1], found[split]) for split in found}
+    with volumes.whole(*(path for split in splits for path in paths[split])) as drafts:
+        for n, split in enumerate(splits):
+            files = drafts[len(FILES) * n :][: len(FILES)]
+            rows[split] = slice_split(split, found[split], files, faults, options)
+        faults += scans.find_copies(rows)
+        if faults:
+            raise ValueError("\ndata.py: ".join(faults))
+        for split, table in zip(splits, drafts[len(FILES) - 1 :: len(FILES)], strict=True):
+            scans.write_table(table, rows[split])
+    for split in splits:
+        scans.report(split, rows[split], options.size)
 
 
 def slice_split(
-    split: str, patients: list[Patient], paths: list[Path], size: int, tilts: range, workers: int
-) -> str:
-    """Write the two arrays and the table of a split to three paths, patients in parallel.
+    split: str, found: list[Files], paths: list[Path], faults: list[str], options: Namespace
+) -> list[dict]:
+    """Write the two arrays and the table of slices of a split to paths, scans in parallel.
 
-    Returns a line that says what was written.
+    Adds to faults what is wrong. Returns what the scans hold.
     """
-    imgs, masks, table = paths
-    counts = [len(list_slices(patient.image, tilts)) for patient in patients]
-    starts = np.cumsum([0, *counts]).tolist()
-    for path in (imgs, masks):  # all of it, so that a full disk is an error now
-        np.save(path, np.broadcast_to(np.uint8(0), (starts[-1], size, size)))
+    *arrays, table, _ = paths
+    tilts = range(1 + options.oblique * (split == "train"))
+    odd = scans.check_all(found, split, options.mask_on_image_grid, faults)
+    starts = np.cumsum([0, *(len(list_slices(files.image, tilts)) for files in odd)]).tolist()
+    for path in arrays:  # all of it, so that a full disk is an error now
+        np.save(path, np.broadcast_to(np.uint8(0), (starts[-1], options.size, options.size)))
+    workers = scans.fitting_workers(odd, BYTES_A_VOXEL[len(tilts) > 1], options.workers)
     pool = ThreadPoolExecutor(workers)  # unzipping and resizing release Python's lock
     try:
         jobs = [
-            pool.submit(slice_patient, patient, split, imgs, masks, start, size, tilts)
-            for patient, start in zip(patients, starts[:-1], strict=True)
+            pool.submit(slice_scan, *scan, arrays, start, tilts, options)
+            for scan, start in zip(odd.items(), starts[:-1], strict=True)
         ]
-        for job in tqdm(as_completed(jobs), f"raw/{split}", len(jobs), unit=" volumes"):
-            job.result()
+        sliced = finish(jobs, f"raw/{split}", faults)
     finally:
         pool.shutdown(cancel_futures=True)
-    lines = [line for job in jobs for line in job.result()]
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *lines])
-    with_liver = sum(line[COLUMNS.index("liver")] == 1 for line in lines)
-    oblique = sum(line[COLUMNS.index("tilt")] > 0 for line in lines)
-    return (
-        f"{split}: {len(patients)} patients, {len(lines)} slices of {size} x {size}, "
-        f"{with_liver} with liver" + (f", {oblique} oblique" if oblique else "")
-    )
+    with open(table, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([COLUMNS, *(line for lines, _ in sliced for line in lines)])
+    return [row for _, row in sliced]
 
 
-def slice_patient(
-    patient: Patient, split: str, imgs: Path, masks: Path, start: int, size: int, tilts: range
-) -> list[tuple]:
-    """Write a patient's pictures into two .npy files, from a slice on; return lines of the table.
+def finish(jobs: list[Future], what: str, faults: list[str]) -> list:
+    """Return the results of the jobs that could be done, and add to faults why others could not."""
+    for job in tqdm(as_completed(jobs), what, len(jobs), unit=" volumes"):
+        if not isinstance(error := job.exception(), ValueError | None):
+            raise error
+    results = []
+    for job in jobs:
+        with scans.noting(faults):
+            results.append(job.result())
+    return results
 
-    Raises ValueError if a file cannot be used, or if a training mask is empty.
+
+def slice_scan(
+    files: Files, odd: list[str], arrays: list[Path], start: int, tilts: range, options: Namespace
+) -> tuple[list[tuple], dict]:
+    """Write a scan's pictures into two .npy files, from a slice on.
+
+    Returns lines of the table of slices, and what the scan holds beside what is odd about its
+    headers. Raises ValueError if a file cannot be used.
     """
-    places = list_slices(patient.image, tilts)
-    here = slice(start, start + len(places))
-    np.load(imgs, mmap_mode="r+")[here] = slice_image(patient.image, size, tilts)
-    liver, mask_name = [""] * len(places), ""  # unknown without a mask
-    if patient.mask:
-        pictures = slice_mask(patient.mask, patient.image, size, tilts)
-        liver, mask_name = pictures.any(axis=(1, 2)).astype(int).tolist(), named(patient.mask)
-        if split == "train" and not any(liver):
-            raise ValueError(
-                f"{mask_name} holds no liver at all, wanted voxels above 0: replace it, or take "
-                "the patient out of raw/train"
-            )
-        np.load(masks, mmap_mode="r+")[here] = pictures
-    files = named(patient.image), mask_name
-    return [(patient.name, *place, has, *files) for place, has in zip(places, liver, strict=True)]
+    imgs, masks = (np.load(path, mmap_mode="r+")[start:] for path in arrays)
+    places = list_slices(files.image, tilts)
+    has_liver, liver, mask_name = [""] * len(places), None, ""  # unknown without a mask
+    if files.mask:
+        liver, mask_name = volumes.read_liver(files.mask, options.label), named(files.mask)
+        pictures = slice_mask(liver.voxels, files.image, options.size, tilts)
+        has_liver = pictures.any(axis=(1, 2)).astype(int).tolist()
+        masks[: len(places)] = pictures
+    image = volumes.read_image(files.image)
+    row = scans.measure(files, image, liver, odd)
+    del liver  # before tilted stacks take more
+    imgs[: len(places)] = slice_image(image, files.image, options.size, tilts)
+    row |= {"slices": len(places), "with_liver": has_liver.count(1)}
+    row["oblique"] = sum(tilt > 0 for _, tilt in places)
+    whose, rest = (files.scan, files.patient), (named(files.image), mask_name, options.label)
+    return [(*whose, *at, has, *rest) for at, has in zip(places, has_liver, strict=True)], row
 
 
-def slice_image(path: Path, size: int, tilts: range = AXIAL) -> np.ndarray:
+def slice_image(image: Volume, scan: Path, size: int, tilts: range = AXIAL) -> np.ndarray:
     """Return a CT volume as pictures, (slices, size, size) uint8, gray values of WINDOW_HU."""
-    voxels, slope, inter = volumes.read_image(path)
-    slices = cut(voxels, path, tilts, outside=(AIR_HU - inter) / slope)
+    voxels, slope, inter, _ = image
+    slices = cut(voxels, scan, tilts, outside=(AIR_HU - inter) / slope)
     grays = (to_gray(pixels.astype(np.float32) * slope + inter) for pixels in slices)
-    return to_pictures(grays, path, size, tilts)
+    return to_pictures(grays, scan, size, tilts)
 
 
-def slice_mask(path: Path, scan: Path, size: int, tilts: range = AXIAL) -> np.ndarray:
-    """Return the liver mask of a scan as pictures of 0 and 1, (slices, size, size) uint8.
+def slice_mask(liver: np.ndarray, scan: Path, size: int, tilts: range = AXIAL) -> np.ndarray:
+    """Return a liver, (x, y, z) bool, as pictures of 0 and 1, (slices, size, size) uint8.
 
     The scan's header rules for both, so that rounding in the mask's cannot part them.
     """
-    slices = cut(volumes.read_mask(path), scan, tilts, outside=0)
+    slices = cut(liver, scan, tilts, outside=0)
     grays = (pixels.astype(np.uint8) * 255 for pixels in slices)
     return (to_pictures(grays, scan, size, tilts) >= 128).astype(np.uint8)
 
@@ -203,29 +220,6 @@ def frame(scan: Path, size: int) -> tuple[slice, slice]:
     sides_mm = (shape * spacing_mm)[1:]
     pixels = np.maximum(np.rint(sides_mm / sides_mm.max() * size).astype(int), 1)
     return tuple(slice((size - n) // 2, (size - n) // 2 + n) for n in pixels)
-
-
-def upright_orientation(scan: Path) -> np.ndarray:
-    """Return nibabel's orientation transform from the axes of a scan to the closest of L, P, S."""
-    stored = orientations.io_orientation(volumes.open_volume(scan).affine)
-    return orientations.ornt_transform(stored, orientations.axcodes2ornt("LPS"))
-
-
-def upright(volume: np.ndarray, scan: Path) -> np.ndarray:
-    """Return a volume (x, y, z) on a scan's voxels as upright axial slices, a view.
-
-    (slices, rows, columns): slices from the feet up, rows from front to back, columns from the
-    patient's right to left.
-    """
-    lps = orientations.apply_orientation(volume, upright_orientation(scan))  # (L, P, S)
-    return lps.transpose(2, 1, 0)  # (slices, rows, columns)
-
-
-def grid(scan: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shape of a scan's upright stack and its spacing in mm: slices, rows, columns."""
-    image = volumes.open_volume(scan)
-    axes = np.argsort(upright_orientation(scan)[:, 0])[::-1]  # the file's axes along S, P and L
-    return np.array(image.shape)[axes], nib.affines.voxel_sizes(image.affine)[axes]
 
 
 def tilt_transform(scan: Path, tilt: int) -> tuple[np.ndarray, np.ndarray]:
@@ -350,7 +344,7 @@ def write_mask(path: Path, mask: np.ndarray, scan: Path) -> None:
 
 def read_gray(scan: Path) -> np.ndarray:
     """Return a CT volume upright, (slices, rows, columns) uint8, WINDOW_HU spread over 0..255."""
-    voxels, slope, inter = volumes.read_image(scan)
+    voxels, slope, inter, _ = volumes.read_image(scan)
     stack = upright(voxels, scan)
     return np.stack([to_gray(pixels.astype(np.float32) * slope + inter) for pixels in stack])
 
@@ -359,14 +353,17 @@ def load_data(split: str) -> Slices:
     """Return what `load_train_data` and `load_test_data` do, for a split by name."""
     import pandas  # here, because it takes as long to import as a volume takes to slice
 
-    paths = [ROOT / name.format(split) for name in FILES]
+    paths = [ROOT / name.format(split) for name in FILES[:3]]
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{named(path)} is missing: run `python data.py` first")
     imgs, masks = (np.load(path, mmap_mode="r") for path in paths[:2])
-    types = {"patient": str, "liver": "Int8"}
-    unknown = {"liver": [""]}  # and no other text means that a value is missing
-    slices = pandas.read_csv(paths[2], dtype=types, na_values=unknown, keep_default_na=False)
+    options = {
+        "dtype": {"scan": str, "patient": str, "liver": "Int8", "label": str},
+        "na_values": {"liver": [""]},  # and no other text means that a value is missing
+        "encoding_errors": "surrogateescape",
+    }
+    slices = pandas.read_csv(paths[2], keep_default_na=False, **options)
     if tuple(slices.columns) != COLUMNS:
         raise ValueError(
             f"{named(paths[2])} has the columns {', '.join(slices.columns)}, wanted "
@@ -379,26 +376,8 @@ def load_data(split: str) -> Slices:
         )
     for column in ("image", "mask"):
         slices[column] = [ROOT / name if name else None for name in slices[column]]
-    check_files({*slices["image"], *slices["mask"]} - {None}, split, paths[2].stat().st_mtime)
+    scans.check_files({*slices["image"], *slices["mask"]} - {None}, split, paths[2].stat().st_mtime)
     return Slices(imgs, masks, slices)
-
-
-def check_files(paths: set[Path], split: str, sliced_s: float) -> None:
-    """Print which files were changed or added after slicing, `sliced_s` in seconds since 1970.
-
-    Raises FileNotFoundError for one of the test split that is gone.
-    """
-    there = {path for path in (ROOT / "raw" / split).glob("[!.]*") if volumes.identify(path)}
-    for path in sorted(there - paths):
-        print(f"{named(path)} is not among the slices: run `python data.py` again")
-    for path in sorted(paths):
-        if path.exists():
-            if path.stat().st_mtime > sliced_s:
-                print(f"{named(path)} is newer than its slices: run `python data.py` again")
-        elif split == "test":
-            raise FileNotFoundError(
-                f"{named(path)} was sliced and is gone: put it back, or run `python data.py` again"
-            )
 
 
 def load_train_data() -> Slices:
@@ -409,8 +388,9 @@ def load_train_data() -> Slices:
     imgs : (slices, rows, columns) uint8, 0..255 for WINDOW_HU, memory-mapped
     masks : (slices, rows, columns) uint8, 0 or 1, memory-mapped
     slices : pandas.DataFrame, a row a slice
-        patient, slice (index in the file, or along a tilted axis), tilt (0 is axial), liver (1, 0,
-        or missing if the patient has no mask), image and mask (Path; mask None if there is none).
+        scan, patient (the scan, or what raw/patients.csv says), slice (index in the file, or along
+        a tilted axis), tilt (0 is axial), liver (1, 0, or missing if the scan has no mask), image
+        and mask (Path; mask None if there is none), label (of `volumes.read_mask`).
 
     Raises
     ------
@@ -421,25 +401,29 @@ def load_train_data() -> Slices:
 
 
 def load_test_data() -> Slices:
-    """Return the test slices like `load_train_data`; masks of a patient without mask are 0.
+    """Return the test slices like `load_train_data`; masks of a scan without mask are 0.
 
     Raises FileNotFoundError also for a scan or a mask that is gone: masks are put back on its grid.
     """
     return load_data("test")
 
 
-def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--size", type=int, default=SIZE, help="pixels a side (%(default)s)")
     tilts = range(len(TILTS))
     add("--oblique", type=int, choices=tilts, default=0, help="tilted stacks of a training scan")
     add("--only", choices=("train", "test"), help="slice this split alone")
-    add("--workers", type=int, default=WORKERS, help="volumes at a time (%(default)s)")
+    add("--label", default="", help="which label of the masks is liver: a number, or all")
+    add("--mask-on-image-grid", action="store_true", help="masks lie on their image's voxels")
+    add("--workers", type=int, default=WORKERS, help="volumes at a time, at most (%(default)s)")
     options = parser.parse_args(arguments)
     if options.size < 16 or options.size % 16:
         parser.error(f"--size {options.size} is no multiple of 16, which four poolings need")
+    if not re.fullmatch(r"|all|[1-9]\d*", options.label):
+        parser.error(f"--label {options.label}: wanted a number above 0, or all")
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: wanted 1 or more")
     return options
@@ -448,10 +432,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Slice raw/ as the command line asks; errors leave in one sentence."""
     options = parse_options(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a name's letters
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     try:
-        splits = volumes.find_patients(options.only)
-        print(*slice_all(splits, options.size, options.oblique, options.workers), sep="\n")
+        slice_all(*scans.find_scans(options.only), options)
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
     except MemoryError:

@@ -1,44 +1,68 @@
-"""What is known of a scan: its names, finding, checking, reading and writing it.
+"""What is known of a file: how it is opened, checked, read and written.
 
 Used by the scripts beside it and by data.py; it does nothing by itself. A scan is a CT volume in
-Hounsfield units, NAME_orig.nii.gz or LiTS's volume-N.nii, and its liver mask, NAME_liver.nii.gz or
-segmentation-N.nii, with one label or LiTS's 1 and 2. A volume is (x, y, z) as NIfTI stores it.
+Hounsfield units and its liver mask, both NIfTI. A volume is (x, y, z) as NIfTI stores it.
 """
 
 import errno
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+import psutil
 from isal import igzip  # gzip, decompressed more than twice as fast
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    io_orientation,
+    ornt_transform,
+)
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of data.py
-PARTNERS = {"orig": "liver", "liver": "orig", "volume": "segmentation", "segmentation": "volume"}
-NAMES = re.compile(
-    r"((?P<name>.+)_(?P<kind>orig|liver)|(?P<lits>volume|segmentation)-(?P<number>\d+))"
-    r"\.nii(\.gz)?",
-    re.IGNORECASE,
-)
-MAX_LABELS = 5  # a liver mask holds 0 and 1, or 0 and 255, or a few tumour labels beside
-MIN_AIR = 0.005  # of the voxels of a CT, below -100 HU
+CGROUP = Path("/sys/fs/cgroup")  # what a container may use
 AFFINE_TOLERANCE = 0.1  # voxels by which an image and its mask may lie apart: header rounding
 MIN_ORTHOGONALITY = 0.99  # a voxel's volume over that of a box with its sides; 8 degrees off
 OTHER_UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's xyzt_units; 2 is mm, 0 does not say
+GZIP = b"\x1f\x8b"  # how a zipped file begins, whatever it is called
+AIR_HU = -1000.0  # what lies beyond a volume, and where it holds no number
+# What a CT in HU holds: from, to, and the least and most of its voxels there. A box around the
+# liver alone holds 14 % fat and air and 1 % bone; padding of -2000 or -3024 is no air.
+HU_SHARES = {
+    "fat and air": (-1500, -100, 0.01, 1),
+    "organs": (-100, 300, 0.01, 1),
+    "bone and metal": (600, np.inf, 0, 0.2),
+}
+MAX_LABELS = 256  # of a mask; what holds more values is none
+MAX_BENT = 0.1  # how far scaling may have bent a label from its whole number
+LITS = [0, 1, 2]  # background, liver and its tumours
+SHOWN = 20  # labels, at most, in a sentence
 
 
-class Patient(NamedTuple):
-    """The files of one patient; `mask` is None for a scan that is segmented but not scored."""
+class Volume(NamedTuple):
+    """Voxels as stored, (x, y, z) in the file's type; times slope plus inter they have their unit.
 
-    name: str
-    image: Path
-    mask: Path | None
+    `gaps` is how many held no number and were filled.
+    """
+
+    voxels: np.ndarray
+    slope: float
+    inter: float
+    gaps: int
+
+
+class Liver(NamedTuple):
+    """The liver of a mask, (x, y, z) bool; all labels of the mask; how many gaps were filled."""
+
+    voxels: np.ndarray
+    labels: list[float]
+    gaps: int
 
 
 def named(path: Path) -> str:
@@ -49,88 +73,6 @@ def named(path: Path) -> str:
 def sides(shape: tuple) -> str:
     """Return a shape as a person writes it: 512 x 512 x 129."""
     return " x ".join(str(n) for n in shape)
-
-
-def identify(path: Path) -> tuple[str, str, Path] | None:
-    """Return what a file name tells: patient, role ("image" or "mask") and the partner's path.
-
-    None if the name is of no known form.
-    """
-    match = NAMES.fullmatch(path.name)
-    if match is None:
-        return None
-    word = "kind" if match["kind"] else "lits"
-    start, end = match.span(word)
-    partner = path.with_name(path.name[:start] + PARTNERS[match[word].lower()] + path.name[end:])
-    role = "image" if match[word].lower() in ("orig", "volume") else "mask"
-    return match["name"] or f"volume-{match['number']}", role, partner
-
-
-def find_files(folder: Path) -> dict[str, dict[str, Path]]:
-    """Return {patient in lower case: {"image": path, "mask": path}} by name, never by order.
-
-    Raises ValueError for two files that claim to be the same thing of one patient.
-    """
-    found: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.glob("[!.]*")):
-        if identity := identify(path):
-            name, role, _ = identity
-            files = found.setdefault(name.lower(), {})
-            if role in files:
-                raise ValueError(
-                    f"{named(path)} and {files[role].name} are both the {role} of patient {name}: "
-                    "keep one of them"
-                )
-            files[role] = path
-        else:
-            print(f"{named(path)} is left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz")
-    return found
-
-
-def pair_files(files: dict[str, Path], mask_needed: bool) -> Patient:
-    """Return the patient of {"image": path, "mask": path}.
-
-    Raises FileNotFoundError for a mask without image, or an image without a mask that is needed.
-    """
-    name, role, partner = identify(files.get("image") or files["mask"])
-    if role == "mask":
-        raise FileNotFoundError(
-            f"{named(files['mask'])} has no image: put {partner.name} beside it, or take it away"
-        )
-    if mask_needed and "mask" not in files:
-        raise FileNotFoundError(
-            f"{named(files['image'])} has no liver mask: put {partner.name} beside it, or move it "
-            "to raw/test to segment it unscored"
-        )
-    return Patient(name, files["image"], files.get("mask"))
-
-
-def find_patients(only: str | None) -> dict[str, list[Patient]]:
-    """Return {"train": patients, "test": patients} by name, or the one split that is asked for.
-
-    Raises FileNotFoundError where scans are missing, ValueError for a patient in both splits.
-    """
-    found = {split: find_files(ROOT / "raw" / split) for split in ("train", "test")}
-    if both := found["train"].keys() & found["test"].keys():
-        path, *_ = found["test"][min(both)].values()
-        raise ValueError(
-            f"{named(path)} is of a patient that raw/train has too, and a test on training "
-            "patients is no test: take the patient out of one of the two"
-        )
-    wanted = only or "train"
-    if not found[wanted]:
-        raise FileNotFoundError(
-            f"raw/{wanted} holds no volumes named NAME_orig.nii or NAME_orig.nii.gz: put CT scans "
-            "there, run `python raw/ircad.py` for 3D-IRCADb-01 or `python raw/phantom.py` for "
-            "synthetic ones"
-        )
-    if not found["test"]:
-        print("raw/test holds no scans: nothing will be segmented or scored")
-    return {
-        split: [pair_files(files, split == "train") for _, files in sorted(by_name.items())]
-        for split, by_name in found.items()
-        if only in (None, split)
-    }
 
 
 def damaged(file: str, error: Exception, again: str = "copy or convert it again") -> ValueError:
@@ -148,10 +90,15 @@ def one_sentence(error: Exception) -> str:
 def open_volume(path: Path) -> nib.Nifti1Image:
     """Return a NIfTI image whose header is read and whose voxels are not.
 
-    Raises ValueError for a file that is no NIfTI, or whose header is damaged.
+    Its first bytes say whether it is zipped. Raises ValueError for a file that is no NIfTI, or
+    whose header is damaged.
     """
     try:
-        return nib.load(path)
+        with open(path, "rb") as file:
+            zipped = file.read(len(GZIP)) == GZIP
+        with igzip.open(path) if zipped else open(path, "rb") as file:
+            second = nib.Nifti2Header.may_contain_header(file.read(nib.Nifti2Header.sizeof_hdr))
+            return (nib.Nifti2Image if second else nib.Nifti1Image).from_stream(file)
     except FileNotFoundError:
         raise
     except Exception as error:  # nibabel has a class of error for each kind of damage
@@ -182,51 +129,34 @@ def check_header(path: Path) -> None:
             raise ValueError(f"{named(path)} {sentence}")
 
 
-def furthest_mm(shape: tuple, one: np.ndarray, other: np.ndarray) -> float:
-    """Return how far two affines put a voxel of a volume apart at most, in mm along one axis."""
-    corners = np.argwhere(np.ones((2, 2, 2))) * (np.array(shape[:3]) - 1)  # (8, x y z)
-    places_mm = [nib.affines.apply_affine(affine, corners) for affine in (one, other)]
-    return np.abs(np.subtract(*places_mm)).max()
+def upright_orientation(scan: Path) -> np.ndarray:
+    """Return nibabel's orientation transform from the axes of a scan to the closest of L, P, S."""
+    stored = io_orientation(open_volume(scan).affine)
+    return ornt_transform(stored, axcodes2ornt("LPS"))
 
 
-def check_patient(patient: Patient) -> None:
-    """Raise ValueError if a header is not usable, or if image and mask are not on one grid."""
-    check_header(patient.image)
-    image = open_volume(patient.image)
-    codes = image.header["sform_code"], image.header["qform_code"]
-    apart_mm = furthest_mm(image.shape, image.get_sform(), image.get_qform()) if all(codes) else 0
-    warnings = {
-        "does not say how it lies: check left and right in preds/": not any(codes),
-        "has an identity affine, as if its own was lost: mm and ml may be wrong, and left and "
-        "right": any(codes) and np.array_equal(image.affine, np.eye(4)),
-        f"has an sform and a qform that put one voxel {apart_mm:.3g} mm apart: the sform is taken, "
-        "check left and right in preds/": apart_mm > 0.1,
-    }
-    for sentence, odd in warnings.items():
-        if odd:
-            print(f"{named(patient.image)} {sentence}")
-    if patient.mask is None:
-        return
-    check_header(patient.mask)
-    mask = open_volume(patient.mask)
-    if image.shape[:3] != mask.shape[:3]:
-        raise ValueError(
-            f"{named(patient.image)} is {sides(image.shape[:3])} but its mask {patient.mask.name} "
-            f"is {sides(mask.shape[:3])}: export the mask on the image's grid"
-        )
-    apart = furthest_mm(image.shape, image.affine, mask.affine)
-    if not apart <= AFFINE_TOLERANCE * nib.affines.voxel_sizes(image.affine).min():
-        raise ValueError(
-            f"{named(patient.image)} and its mask {patient.mask.name} have affines that put one "
-            f"voxel {apart:.3g} mm apart: export the mask on the image's grid"
-        )
+def upright(volume: np.ndarray, scan: Path) -> np.ndarray:
+    """Return a volume (x, y, z) on a scan's voxels as upright axial slices, a view.
+
+    (slices, rows, columns): slices from the feet up, rows from front to back, columns from the
+    patient's right to left.
+    """
+    lps = apply_orientation(volume, upright_orientation(scan))  # (L, P, S)
+    return lps.transpose(2, 1, 0)  # (slices, rows, columns)
 
 
-def read_voxels(path: Path) -> tuple[np.ndarray, float, float]:
-    """Return the voxels as stored, (x, y, z) in the file's type, and slope and intercept to units.
+def grid(scan: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shape of a scan's upright stack and its spacing in mm: slices, rows, columns."""
+    image = open_volume(scan)
+    axes = np.argsort(upright_orientation(scan)[:, 0])[::-1]  # the file's axes along S, P and L
+    return np.array(image.shape)[axes], nib.affines.voxel_sizes(image.affine)[axes]
+
+
+def read_voxels(path: Path, fill: float) -> Volume:
+    """Return a file's voxels; those that are NaN or infinite become `fill`, in the file's unit.
 
     The file is read to its end, so that gzip's checksum is compared. Raises ValueError for a file
-    that is cut short or damaged, holds no real numbers, or holds NaN or infinite values.
+    that is cut short or damaged, or holds no real numbers.
     """
     image = open_volume(path)
     stored = image.dataobj
@@ -234,71 +164,127 @@ def read_voxels(path: Path) -> tuple[np.ndarray, float, float]:
         raise ValueError(f"{named(path)} holds {stored.dtype}, wanted a number a voxel: convert it")
     try:
         content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
+        if content.startswith(GZIP):
             content = igzip.decompress(content)
         flat = np.frombuffer(content, stored.dtype, math.prod(image.shape), stored.offset)
     except Exception as error:
         raise damaged(named(path), error) from error
+    gaps = 0
     if not np.isfinite([flat.min(), flat.max()]).all():
-        raise ValueError(
-            f"{named(path)} holds NaN or infinite values, wanted a number in every voxel: replace "
-            "them, air is -1000 HU"
-        )
-    return flat.reshape(image.shape[:3], order="F"), stored.slope, stored.inter
+        is_number = np.isfinite(flat)
+        gaps = flat.size - int(np.count_nonzero(is_number))
+        flat = np.where(is_number, flat, flat.dtype.type((fill - stored.inter) / stored.slope))
+    return Volume(flat.reshape(image.shape[:3], order="F"), stored.slope, stored.inter, gaps)
 
 
-def read_image(path: Path) -> tuple[np.ndarray, float, float]:
-    """Return what `read_voxels` does, for a CT image.
+def sample(volume: np.ndarray) -> np.ndarray:
+    """Return about a million voxels of a volume, (x, y, z), evenly spread, a view."""
+    step = max(1, round((volume.size / 1e6) ** (1 / 3)))
+    return volume[::step, ::step, ::step]
 
-    Raises ValueError if it is not in HU: air and fat below -100 HU fill a part of every CT, be it
-    clipped, and a part of it that one odd corner of another image does not.
+
+def read_image(path: Path) -> Volume:
+    """Return a CT image. Raises ValueError if it is not in HU, as a share of its voxels tells."""
+    image = read_voxels(path, AIR_HU)
+    voxels, slope, inter, _ = image
+    hu = sample(voxels) * slope + inter
+    for what, (low, high, least, most) in HU_SHARES.items():
+        share = np.count_nonzero((hu > low) & (hu <= high)) / hu.size
+        if not least <= share <= most:
+            lowest, highest = sorted(end * slope + inter for end in (voxels.min(), voxels.max()))
+            raise ValueError(
+                f"{named(path)} holds values from {lowest:g} to {highest:g}, wanted Hounsfield "
+                f"units, of which {least:.0%} to {most:.0%} are {what} ({low} to {high}) and not "
+                f"{100 * share:.2g}%: convert it with the DICOM's rescale slope and intercept"
+            )
+    return image
+
+
+def read_liver(path: Path, label: str = "") -> Liver:
+    """Return the liver on the file's own grid.
+
+    label : which one is the liver, a number or "all"; "" is for masks of 0 and one other value and
+        for LiTS's, where 2 is tumour and liver too
+    Raises ValueError if the values are not labels, or are of several organs and `label` is "".
     """
-    voxels, slope, inter = read_voxels(path)
-    low, high = sorted((voxels.min() * slope + inter, voxels.max() * slope + inter))
-    fat = (-100 - inter) / slope  # as stored
-    air = np.count_nonzero(voxels < fat if slope > 0 else voxels > fat) / voxels.size
-    if air < MIN_AIR or high < 0:
+    mask = read_voxels(path, 0)
+    labels = find_labels(path, mask)
+    wanted = liver_range(labels, label)
+    if wanted is None:
+        sizes = ", ".join(f"{label}: {ml:.1f} ml" for label, ml in label_sizes(path, mask)[:SHOWN])
         raise ValueError(
-            f"{named(path)} holds values from {low:g} to {high:g}, {air:.2%} of them below "
-            "-100, wanted Hounsfield units with air and fat below -100 and organs above 0: convert "
-            "it with the DICOM's rescale slope and intercept"
+            f"{named(path)} holds {len(labels) - 1} labels ({sizes}), wanted 0 and the liver, or "
+            "LiTS's 0, 1 and 2: run `python data.py --label N` with the liver's, or `--label all` "
+            "if all are (the liver in eight segments)"
         )
-    return voxels, slope, inter
+    low, high = sorted((end - mask.inter) / mask.slope for end in wanted)  # as stored
+    liver = mask.voxels > low
+    if high < np.inf:
+        liver &= mask.voxels < high
+    return Liver(liver, labels, mask.gaps)
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Return the liver on the file's own grid, (x, y, z) bool.
+def read_mask(path: Path, label: str = "") -> np.ndarray:
+    """Return the liver as `read_liver` does, (x, y, z) bool."""
+    return read_liver(path, label).voxels
 
-    That is one label of any value, or LiTS's 1 and 2, liver and tumour. Raises ValueError if the
-    values are not labels (negative, fractions, too many of them), or are those of several organs.
+
+def find_labels(path: Path, mask: Volume) -> list[float]:
+    """Return the labels of a mask: whole numbers from 0 on, or any two values that are all it has.
+
+    Raises ValueError for what is no mask.
     """
-    voxels, slope, inter = read_voxels(path)
-    labels: set[float] = set()
-    for plane in np.moveaxis(voxels, 2, 0):  # (x, y)
+    values: set[float] = set()
+    for plane in np.moveaxis(mask.voxels, 2, 0):  # (x, y)
         flat = plane.ravel(order="K")
         changes = np.flatnonzero(flat[1:] != flat[:-1])  # labels are few runs of equal values
-        found = np.unique(np.append(flat[changes], flat[-1])) * slope + inter
-        near = np.rint(found)  # scaled labels are whole but for rounding
-        labels.update(np.where(np.abs(found - near) < 0.01, near, found).tolist())
-        if len(labels) > MAX_LABELS or min(labels) < 0 or any(label % 1 for label in labels):
-            raise ValueError(
-                f"{named(path)} is no label mask, it holds values like "
-                f"{', '.join(f'{label:g}' for label in sorted(labels)[:MAX_LABELS])}; wanted 0 for "
-                "background and 1 for liver: export it as a binary label map"
-            )
-    if len(labels - {0}) > 1 and not labels <= {0, 1, 2}:
-        voxel_ml = np.prod(nib.affines.voxel_sizes(open_volume(path).affine)) / 1000
-        sizes_ml = {
-            int(label): np.count_nonzero(np.abs(voxels * slope + inter - label) < 0.5) * voxel_ml
-            for label in sorted(labels - {0})
-        }
+        found = np.unique(np.append(flat[changes], flat[-1])) * mask.slope + mask.inter
+        values.update(found.tolist())
+        if len(values) > 2:
+            values = set(np.round([*values], 3).tolist())  # less numerical dust
+        if len(values) > MAX_LABELS:
+            break
+    whole_numbers = np.rint([*values]) + 0  # no -0 but 0
+    bent = np.abs(whole_numbers - [*values]).max()
+    if len(values) > 2 and (len(values) > MAX_LABELS or bent > MAX_BENT or min(whole_numbers) < 0):
         raise ValueError(
-            f"{named(path)} holds several organs, label: ml "
-            f"{', '.join(f'{label}: {ml:.3g}' for label, ml in sizes_ml.items())}; wanted one "
-            "label, or LiTS's 1 and 2: keep the liver's label and set the others to 0"
+            f"{named(path)} is no label mask, it holds values like "
+            f"{', '.join(f'{value:g}' for value in sorted(values)[:5])}; wanted 0 for background "
+            "and 1 for liver: export it as a binary label map"
         )
-    half = (0.5 - inter) / slope  # as stored; scaling the voxels would take their memory again
-    return voxels > half if slope > 0 else voxels < half
+    return sorted(values if len(values) <= 2 else set(whole_numbers.tolist()))
+
+
+def liver_range(labels: list[float], label: str) -> tuple[float, float] | None:
+    """Return between which values a mask is liver; None if they are of several organs."""
+    if label not in ("", "all"):
+        return int(label) - 0.5, int(label) + 0.5
+    if label == "all" or labels == LITS or len(labels) < 2:
+        return 0.5, np.inf
+    if len(labels) == 2:  # 0 is background, or else the lower one is
+        middle = sum(labels) / 2
+        return (-np.inf, middle) if labels[1] == 0 else (middle, np.inf)
+    return None
+
+
+def label_sizes(path: Path, mask: Volume) -> list[tuple[int, float]]:
+    """Return the labels above 0 of a mask with their volumes in ml, the largest first."""
+    counts: Counter[int] = Counter()
+    for plane in np.moveaxis(mask.voxels, 2, 0):
+        found, voxels = np.unique(np.rint(plane * mask.slope + mask.inter), return_counts=True)
+        counts.update(dict(zip(found.astype(int).tolist(), voxels.tolist(), strict=True)))
+    voxel_ml = nib.affines.voxel_sizes(open_volume(path).affine).prod() / 1000
+    return [(label, count * voxel_ml) for label, count in counts.most_common() if label]
+
+
+def free_memory() -> int:
+    """Return how many bytes are free to use, also in a container that has a limit of its own."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        limit = int((CGROUP / "memory.max").read_text())
+        used = re.search(r"^anon (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, limit - int(used[1]))
+    return free
 
 
 def as_nifti(volume: np.ndarray, affine: np.ndarray, axes: str) -> nib.Nifti1Image:

@@ -103,13 +103,13 @@ def peak_mib() -> float:
 
 
 def workplace(folder: Path, volumes: int) -> Path:
-    """Return a folder with data.py, raw/volumes.py and a number of patients in raw/train.
+    """Return a folder with data.py, what it imports and a number of patients in raw/train.
 
     They are written by another process: a child's peak memory counts from its parent's on.
     """
     with ProcessPoolExecutor(1) as pool:
         pool.submit(write_volumes, folder / "raw" / "train", volumes).result()
-    for name in ("data.py", "raw/volumes.py"):
+    for name in ("data.py", "raw/volumes.py", "raw/scans.py"):
         shutil.copy(REPO / name, folder / name)
     return folder
 

@@ -17,7 +17,7 @@ SHARED_SCANS = REPO.parent / "shared" / "scans"
 sys.path.insert(0, str(REPO))
 
 import data  # noqa: E402  the repo's root has to be on the path first
-from raw import volumes  # noqa: E402
+from raw import scans, volumes  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs by &
 
@@ -39,7 +39,7 @@ OBLIQUE = np.array(  # LPS axes of 1 x 1 x 2 mm, tilted by 20 degrees about the 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """Return an empty folder with raw/train and raw/test that data.py takes for its own."""
-    for module in (data, volumes):
+    for module in (data, scans, volumes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
@@ -93,8 +93,12 @@ def save(path, volume, affine=None, axes="LPS", dtype=None):
 
 
 def save_patient(folder, name="p1", shape=(32, 32, 6), mask=True, **options):
-    """Write the hand-made patient as NAME_orig.nii.gz and NAME_liver.nii.gz."""
+    """Write the hand-made patient as NAME_orig.nii.gz and NAME_liver.nii.gz.
+
+    The air above the first voxel differs in raw/test: the same voxels in both splits are refused.
+    """
     image, liver = body_and_liver(shape)
+    image[0, 0] -= folder.name == "test"
     save(folder / f"{name}_orig.nii.gz", image, **options)
     if mask:
         save(folder / f"{name}_liver.nii.gz", liver, **options)

@@ -6,6 +6,7 @@ import sys
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ALL_AXES, OBLIQUE, REPO, body_and_liver, dice, save, save_patient
 
@@ -85,12 +86,16 @@ def test_gray_values_of_a_scan_stand_upright(root):
     np.testing.assert_array_equal(data.read_gray(path), upright_pictures()[0])
 
 
-def test_the_table_names_patient_slice_liver_and_files(root):
+def test_the_table_names_scan_patient_slice_liver_and_files(root):
     save_patient(root / "raw/train", "p1")
     save_patient(root / "raw/train", "p2", axes="LPI")
-    slices = sliced().slices
-    assert list(slices.columns) == ["patient", "slice", "tilt", "liver", "image", "mask"]
-    assert slices.patient.tolist() == ["p1"] * 6 + ["p2"] * 6
+    (root / "raw/patients.csv").write_text("scan,patient\np2,Ada\n")
+    slices = sliced("train", 32, "--label=1").slices
+    columns = ["scan", "patient", "slice", "tilt", "liver", "image", "mask", "label"]
+    assert list(slices.columns) == columns
+    assert slices.scan.tolist() == ["p1"] * 6 + ["p2"] * 6
+    assert slices.patient.tolist() == ["p1"] * 6 + ["Ada"] * 6
+    assert slices.label.tolist() == ["1"] * 12
     assert slices.slice.tolist() == [0, 1, 2, 3, 4, 5] + [5, 4, 3, 2, 1, 0]
     assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] * 2
     for column, kind in (("image", "orig"), ("mask", "liver")):
@@ -115,7 +120,7 @@ def test_rescale_slope_and_intercept_of_the_header_are_applied(root):
 def test_shrinking_averages_and_does_not_skip_pixels(root):
     image, liver = body_and_liver((64, 64, 6))
     image[::2], image[1::2] = 0, 80  # HU in stripes of one pixel; their mean is 40 HU, gray 128
-    image[:2] = -1000  # air
+    image[:, 0] = -1000  # a row of air
     save_volumes(root, image, liver)
     assert (np.abs(sliced().imgs[:, 4:-4, 4:-4].astype(int) - 128) <= 1).all()
 
@@ -163,7 +168,7 @@ def test_a_resampled_mask_comes_back_nearly_whole(root, shape, axes):
     places = np.indices(shape).T - (np.array(shape) - 1) / 2
     ball = ((places / (np.array(shape) * 0.4)) ** 2).sum(axis=-1).T < 1
     path = save(root / TRAIN_MASK, ball.astype(np.uint8), axes=axes)
-    restored = data.restore(data.slice_mask(path, path, 64), path)
+    restored = data.restore(data.slice_mask(volumes.read_mask(path), path, 64), path)
     assert restored.dtype == np.uint8
     assert dice(restored, volumes.read_mask(path)) > 0.98
 
@@ -392,17 +397,155 @@ SPOILED = {  # a case for each step; all that a file can have is in test_volumes
     ),
     "gray values for HU": (
         lambda r: save(r / TRAIN_IMAGE, body_and_liver()[0].clip(0, 255)),
-        "raw/train/p1_orig.nii.gz holds values from 0 to 255, 0.00% of them below -100, wanted",
+        "raw/train/p1_orig.nii.gz holds values from 0 to 255, wanted Hounsfield units",
     ),
     "CT as mask": (
         lambda r: save(r / TRAIN_MASK, body_and_liver()[0]),
         "raw/train/p1_liver.nii.gz is no label mask",
     ),
-    "empty mask": (
-        lambda r: save(r / TRAIN_MASK, body_and_liver()[1] * 0),
-        "raw/train/p1_liver.nii.gz holds no liver at all",
+    "organs for liver": (
+        lambda r: save(r / TRAIN_MASK, organs()),
+        "raw/train/p1_liver.nii.gz holds 3 labels (5: 0.6 ml, 1: 0.1 ml, 6: 0.1 ml), wanted 0 and",
+    ),
+    "mask moved": (
+        lambda r: save(r / TRAIN_MASK, body_and_liver()[1], np.eye(4)),
+        "raw/train/p1_orig.nii.gz and its mask p1_liver.nii.gz have affines that put one voxel",
+    ),
+    "a training scan for testing": (
+        lambda r: save(r / "raw/test/x_orig.nii", body_and_liver()[0], axes="SRA"),
+        "raw/test holds with x the voxels of p1 in raw/train, and a test on training patients",
+    ),
+    "a training patient for testing": (
+        lambda r: (
+            save_patient(r / "raw/test", "p2"),
+            (r / "raw/patients.csv").write_text("scan,patient\np1,Ada\np2,Ada\n"),
+        ),
+        "raw/test/p2_orig.nii.gz and raw/train/p1_orig.nii.gz are of one patient, Ada, and a test",
+    ),
+    "patients without names": (
+        lambda r: (r / "raw/patients.csv").write_text("scan,patient\np1,\n"),
+        "raw/patients.csv says p1, in row 2, wanted a scan and its patient",
     ),
 }
+
+
+def organs():
+    """Return a mask in which the liver is 5, with a slice each of two others beside it."""
+    mask = body_and_liver()[1] * 5
+    mask[16:20, 4:8, 2:5], mask[16:20, 12:16, 2:5] = 1, 6  # 48 voxels each
+    return mask
+
+
+@pytest.mark.parametrize(("label", "liver"), [("5", 300), ("6", 48), ("all", 396), ("2", 0)])
+def test_a_label_of_several_is_liver_when_it_is_said_which(root, label, liver, capsys):
+    save_volumes(root, body_and_liver()[0], organs())
+    _, masks, slices = sliced("train", 32, f"--label={label}")
+    assert masks.sum() == liver and slices.label.unique().tolist() == [label]
+    odd = "p1: no liver in its mask, so all of its slices count as none"
+    assert (odd in capsys.readouterr().out) == (liver == 0)
+    mask = volumes.read_mask(root / TRAIN_MASK, slices.label[0])
+    assert mask.sum() == liver
+
+
+def test_a_mask_lies_on_its_image_when_it_is_said_so(root, capsys):
+    save_volumes(root, *body_and_liver(), liver_affine=np.eye(4))
+    masks = sliced("train", 32, "--mask-on-image-grid").masks
+    np.testing.assert_array_equal(masks, upright_pictures()[1])
+    assert "p1: the mask's affine, 62 mm off, is set aside\n" in capsys.readouterr().out
+
+
+def test_a_training_scan_without_liver_is_taken_and_said(root, capsys):
+    save_patient(root / "raw/train", "a")
+    save(root / TRAIN_IMAGE, body_and_liver()[0] - 1)
+    save(root / TRAIN_MASK, body_and_liver()[1] * 0)
+    _, masks, slices = sliced()
+    assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] + [0] * 6 and not masks[6:].any()
+    assert "p1: no liver in its mask, so all of its slices count as none" in capsys.readouterr().out
+
+
+def test_voxels_without_a_number_are_sliced_as_air(root, capsys):
+    image, liver = body_and_liver()
+    holes = image.astype(np.float32)
+    holes[image == -1000] = np.nan
+    save_volumes(root, holes, liver)
+    np.testing.assert_array_equal(sliced().imgs, upright_pictures()[0])
+    gaps = np.count_nonzero(image == -1000)
+    assert f"p1: {gaps} voxels hold no number, they are air now\n" in capsys.readouterr().out
+
+
+def test_each_scan_is_a_line_that_is_printed_and_kept(root, capsys):
+    save_patient(root / "raw/train", "p1", affine=np.diag([-10.0, -10.0, 20.0, 1.0]))
+    save_patient(root / "raw/train", "p22", axes="RSA")
+    save_patient(root / "raw/test", "t", mask=False)
+    data.main(["--size=32"])
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "raw/train",
+        "scan  voxels       spacing_mm    axes  labels  liver_ml  liver_hu  side",
+        "p1    32 x 32 x 6  10 x 10 x 20  LPS   0 1     600.0     100       right",
+        "p22   32 x 6 x 32  1 x 2 x 1     RSA   0 1     0.6       100       right",
+        "p22: a liver of 0.6 ml, wanted 200 to 4000",
+        "p22: the voxels of p1 under another name, give both one patient in raw/patients.csv",
+        "train: 2 scans, 12 slices of 32 x 32, 6 with liver",
+        "raw/test",
+        "scan  voxels       spacing_mm  axes  labels  liver_ml  liver_hu  side",
+        "t     32 x 32 x 6  1 x 1 x 2   LPS   -       -         -         -",
+        "test: 1 scans, 6 slices of 32 x 32, 0 with liver",
+    ]
+    table = pd.read_csv(root / "scans_train.csv", keep_default_na=False).set_index("scan")
+    assert table.liver_ml.tolist() == [600, 0.6] and table.labels.tolist() == ["0 1", "0 1"]
+    assert table.with_liver.tolist() == [3, 3]
+    assert table.odd["p1"] == "" and table.odd["p22"].count("; ") == 1
+
+
+def test_a_test_scan_is_compared_with_training_scans_that_were_sliced_before(root):
+    save_patient(root / "raw/train")
+    sliced()
+    save(root / "raw/test/x_orig.nii", body_and_liver()[0])
+    with pytest.raises(SystemExit, match="raw/test holds with x the voxels of p1 in raw/train"):
+        data.main(["--only=test"])
+    (root / TRAIN_IMAGE).unlink(), (root / TRAIN_MASK).unlink()
+    data.main(["--only=test"])  # no longer a training scan
+
+
+def test_all_scans_that_cannot_be_used_are_named_in_one_run(root):
+    for name in "abcdef":
+        save_patient(root / "raw/train", name)
+    save(root / "raw/train/b_liver.nii.gz", body_and_liver()[1], np.eye(4))
+    save(root / "raw/train/c_orig.nii.gz", body_and_liver((32, 32, 5))[0])
+    save(root / "raw/train/d_orig.nii.gz", body_and_liver()[0] / 1000)
+    (root / "raw/train/e_liver.nii.gz").unlink()
+    save(root / "raw/train/f_orig.nii", body_and_liver()[0])
+    save(root / "raw/test/t_orig.nii", body_and_liver()[0][..., 0])
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--size=32"])
+    lines = stop.value.code.splitlines()
+    assert all(line.startswith("data.py: raw/t") for line in lines)
+    faulty = sorted(line.split()[1].split("/")[2][0] for line in lines)
+    assert faulty == ["b", "c", "d", "e", "f", "t"] and not written(root)
+
+
+def test_a_name_that_the_terminal_cannot_print_does_not_stop_the_run(root):
+    for name in ("data.py", "raw/volumes.py", "raw/scans.py"):
+        (root / name).write_bytes((REPO / name).read_bytes())
+    save_patient(root / "raw/train", "\u60a3\u8005")
+    (root / "raw/train/\u60a3.txt").touch()
+    run = subprocess.run(
+        [sys.executable, "data.py", "--size=32"],
+        cwd=root,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0 and b"raw/train/\\u60a3.txt is left out" in run.stdout
+    assert data.load_train_data().slices.scan.unique().tolist() == ["\u60a3\u8005"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_is_no_text_comes_back_from_the_table(root):
+    name = os.fsdecode(b"M\xfcller")
+    save_patient(root / "raw/train", name)
+    slices = sliced().slices
+    assert set(slices.scan) == {name} and slices.image[0].exists()
 
 
 @pytest.mark.parametrize("case", SPOILED)
@@ -445,7 +588,7 @@ def test_a_run_that_fails_says_so_and_leaves_the_last_arrays_alone(
 
 def test_the_command_line_fails_with_one_sentence_and_no_traceback(tmp_path):
     (tmp_path / "raw").mkdir()
-    for name in ("data.py", "raw/volumes.py"):
+    for name in ("data.py", "raw/volumes.py", "raw/scans.py"):
         (tmp_path / name).write_bytes((REPO / name).read_bytes())
     run = subprocess.run(
         [sys.executable, "data.py"], cwd=tmp_path, capture_output=True, text=True, check=False
@@ -462,6 +605,7 @@ def test_the_command_line_fails_with_one_sentence_and_no_traceback(tmp_path):
         ("--size=large", "--size: invalid int value: 'large'"),
         *((f"--workers={number}", f"--workers {number}: wanted 1 or more") for number in (0, -1)),
         ("--workers=two", "--workers: invalid int value: 'two'"),
+        *((f"--label={label}", f"--label {label}: wanted a number above 0") for label in "0x"),
         *((f"--oblique={number}", "--oblique: invalid") for number in ("-1", "5", "two")),
     ],
 )

@@ -1,0 +1,433 @@
+"""Which scans lie in raw/, whose they are, whether they can be used, and what is odd about them.
+
+data.py uses it; it does nothing by itself. A scan is a CT image and its liver mask, in one of the
+LAYOUTS. raw/patients.csv, with the columns scan and patient, may say which are of one patient.
+"""
+
+import csv
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
+
+from raw.volumes import (
+    AFFINE_TOLERANCE,
+    ROOT,
+    Liver,
+    Volume,
+    check_header,
+    free_memory,
+    named,
+    open_volume,
+    sample,
+    sides,
+)
+
+SUFFIX = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
+# An image and its mask below raw/train or raw/test, and what the scan is called; * may be _0000.
+LAYOUTS = (
+    ("{}_orig", "{}_liver", "{}"),
+    ("volume-{}", "segmentation-{}", "volume-{}"),  # LiTS
+    ("test-volume-{}", "test-segmentation-{}", "test-volume-{}"),
+    ("imagesTr/{}*", "labelsTr/{}*", "{}"),  # Medical Segmentation Decathlon, nnU-Net, AMOS
+    ("imagesTs/{}*", "labelsTs/{}*", "{}"),
+    ("imagesVa/{}*", "labelsVa/{}*", "{}"),
+    ("{}/ct", "{}/segmentations/liver", "{}"),  # TotalSegmentator
+)
+OTHER_ORGANS = "segmentations"  # a folder whose other masks are passed over
+BODY_HU = -300  # below it lie air and lungs
+LIVER_ML = (200, 4000)
+LIVER_HU = (0, 250)  # the median: from a fatty liver to one full of contrast medium
+SIDE = 0.02  # of the width of the volume: what lies closer to the body's middle is on no side
+COLUMNS = ("scan", "patient", "voxels", "spacing_mm", "axes", "labels", "liver_ml", "liver_hu")
+COLUMNS += ("side", "slices", "with_liver", "oblique", "odd", "values")
+
+
+class Files(NamedTuple):
+    """The files of a scan and whose it is; `mask` is None if it is segmented but not scored.
+
+    `image` is None for a mask alone, which `check` refuses.
+    """
+
+    scan: str
+    patient: str
+    image: Path | None = None
+    mask: Path | None = None
+
+
+@contextmanager
+def noting(faults: list[str]) -> Iterator[None]:
+    """Keep what is wrong with one scan for later, so that the others are looked at too."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        faults.append(str(error))
+
+
+def same(name: str) -> str:
+    """Return what two spellings of a name have in common: lower case, accents in one form."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def identify(path: Path, folder: Path) -> tuple[str, str, Path] | None:
+    """Return what a path below raw/train or raw/test tells: scan, role and the partner's path.
+
+    The role is "image" or "mask". None if the path is of no known form.
+    """
+    suffix = SUFFIX.search(path.name)
+    if suffix is None or suffix.end() != len(path.name):
+        return None
+    stem = path.relative_to(folder).as_posix()[: -len(suffix[0])]
+    for *pair, name in LAYOUTS:
+        for role, own, other in zip(("image", "mask"), pair, reversed(pair), strict=True):
+            pattern = own.replace("*", "(?:_0000)*").replace("{}", "([^/]+?)")
+            if match := re.fullmatch(pattern, stem, re.IGNORECASE):
+                partner = folder / (other.replace("*", "").format(match[1]) + suffix[0])
+                return unicodedata.normalize("NFC", name.format(match[1])), role, partner
+    return None
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return the files in raw/train or raw/test down to the depth of LAYOUTS, less hidden ones."""
+    paths = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))]
+    visible = [p for p in paths if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
+    return [path for path in visible if not path.is_dir()]
+
+
+def find_files(split: str, owners: dict[str, str]) -> tuple[list[Files], list[str]]:
+    """Return the scans of a split by name, never by order, and a sentence for each file too many.
+
+    What is of no known form is left out, and that is printed.
+    """
+    folder, found, faults = ROOT / "raw" / split, {}, []
+    others: dict[Path, list[str]] = {}
+    for path in list_files(folder):
+        if identity := identify(path, folder):
+            name, role, _ = identity
+            files = found.setdefault(same(name), Files(name, owners.get(same(name), name)))
+            if earlier := getattr(files, role):
+                faults.append(
+                    f"{named(path)} and {earlier.name} are both the {role} of scan {name}: keep "
+                    "one of them"
+                )
+            else:
+                found[same(name)] = files._replace(**{role: path})
+        elif path.parent.name != OTHER_ORGANS:
+            others.setdefault(path.parent, []).append(path.name)
+    for parent, (first, *more) in others.items():
+        names = ", ".join([named(parent / first), *more[:9]])
+        print(
+            f"{names}{f' and {len(more) - 9} more' if more[9:] else ''} "
+            f"{'are' if more else 'is'} left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz"
+        )
+    return [files for _, files in sorted(found.items())], faults
+
+
+def read_patients() -> dict[str, str]:
+    """Return {scan: patient} of raw/patients.csv, empty if there is none.
+
+    Raises ValueError for a table without the two columns, an empty field or a scan named twice.
+    """
+    path = ROOT / "raw" / "patients.csv"
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = [[field.strip() for field in row] for row in csv.reader(file) if any(row)] or [[]]
+    if not {"scan", "patient"} <= {*rows[0]}:
+        raise ValueError(f"{named(path)} begins with {rows[0]}, wanted the line scan,patient")
+    owners, spelled = {}, {}
+    for number, row in enumerate(rows[1:], 2):
+        fields = dict(zip(rows[0], row, strict=False))
+        scan, patient = (fields.get(name, "") for name in ("scan", "patient"))
+        if not (scan and patient) or same(scan) in owners:
+            raise ValueError(
+                f"{named(path)} says {','.join(row)} in row {number}, wanted a scan and its "
+                "patient, each scan once"
+            )
+        owners[same(scan)] = spelled.setdefault(same(patient), patient)
+    return owners
+
+
+def find_scans(only: str | None) -> tuple[dict[str, list[Files]], list[str]]:
+    """Return {"train": scans, "test": scans}, and what is wrong with their names.
+
+    Raises FileNotFoundError if the split that is asked for, or else raw/train, holds no scans,
+    ValueError if raw/patients.csv cannot be used.
+    """
+    owners, found, faults = read_patients(), {}, []
+    for split in ("train", "test"):
+        found[split], wrong = find_files(split, owners)
+        faults += wrong
+    train, test = ({same(files.patient): files for files in found[split]} for split in found)
+    for patient in sorted(train.keys() & test.keys()):
+        here, there = (files.image or files.mask for files in (test[patient], train[patient]))
+        faults.append(
+            f"{named(here)} and {named(there)} are of one patient, {test[patient].patient}, and a "
+            "test on training patients is no test: take the patient out of one of the two"
+        )
+    names = {same(files.scan) for files in (*found["train"], *found["test"])}
+    if unknown := sorted(owners.keys() - names):
+        print(f"raw/patients.csv names scans that are not in raw/: {', '.join(unknown)}")
+    wanted = only or "train"
+    if not found[wanted]:
+        raise FileNotFoundError(
+            f"raw/{wanted} holds no volumes named NAME_orig.nii or NAME_orig.nii.gz: put CT scans "
+            "there, run `python raw/ircad.py` for 3D-IRCADb-01 or `python raw/phantom.py` for "
+            "synthetic ones"
+        )
+    if not found["test"]:
+        print("raw/test holds no scans: nothing will be segmented or scored")
+    return found, faults
+
+
+def check_complete(files: Files, split: str) -> None:
+    """Raise FileNotFoundError for a mask without image, or a training image without mask."""
+    _, _, partner = identify(files.image or files.mask, ROOT / "raw" / split)
+    if files.image is None:
+        raise FileNotFoundError(
+            f"{named(files.mask)} has no image: add {named(partner)}, or take the mask away"
+        )
+    if split == "train" and files.mask is None:
+        raise FileNotFoundError(
+            f"{named(files.image)} has no liver mask: add {named(partner)}, or move it to raw/test "
+            "to segment it unscored"
+        )
+
+
+def check(files: Files, split: str, on_image_grid: bool) -> list[str]:
+    """Return what is odd about the headers of a scan.
+
+    on_image_grid : whether a mask of the image's shape lies on its voxels, whatever its affine
+    Raises FileNotFoundError for a file that is missing, ValueError for a header that is not usable,
+    or if image and mask are not on one grid.
+    """
+    check_complete(files, split)
+    check_header(files.image)
+    odd = odd_header(open_volume(files.image))
+    if files.mask is None:
+        return odd
+    check_header(files.mask)
+    image, mask = open_volume(files.image), open_volume(files.mask)
+    if image.shape[:3] != mask.shape[:3]:
+        raise ValueError(
+            f"{named(files.image)} is {sides(image.shape[:3])} but its mask {files.mask.name} is "
+            f"{sides(mask.shape[:3])}: export the mask on the image's grid"
+        )
+    apart = apart_mm(image, image.affine, mask.affine)
+    if apart and not on_image_grid:
+        raise ValueError(
+            f"{named(files.image)} and its mask {files.mask.name} have affines that put one voxel "
+            f"{apart:.3g} mm apart: export the mask on the image's grid, or add "
+            "--mask-on-image-grid if only its header is wrong"
+        )
+    return odd + [f"the mask's affine, {apart:.3g} mm off, is set aside"] * (apart > 0)
+
+
+def check_all(
+    found: list[Files], split: str, on_image_grid: bool, faults: list[str]
+) -> dict[Files, list[str]]:
+    """Return {scan: what is odd about it} of those that `check` passes; add to faults why not."""
+    odd = {}
+    for files in found:
+        with noting(faults):
+            odd[files] = check(files, split, on_image_grid)
+    return odd
+
+
+def fitting_workers(found: Iterable[Files], bytes_a_voxel: int, most: int) -> int:
+    """Return how many scans, at most `most`, can be sliced at a time in the memory that is free.
+
+    bytes_a_voxel : what slicing takes beside the file's own, which are there twice
+    """
+    needed = [1]
+    for files in found:
+        images = [open_volume(path) for path in (files.image, files.mask) if path]
+        stored = max(image.dataobj.dtype.itemsize for image in images)
+        needed.append(math.prod(images[0].shape) * (bytes_a_voxel + 2 * stored))
+    fitting = max(1, free_memory() // max(needed))
+    if fitting < most:
+        print(f"{fitting} at a time: the memory that is free does for no more")
+    return min(fitting, most)
+
+
+def apart_mm(image: nib.Nifti1Image, one: np.ndarray, other: np.ndarray) -> float:
+    """Return how far two affines put a corner of an image apart, 0 if it is but rounding."""
+    corners = list(product(*((0, n - 1) for n in image.shape[:3])))  # (8, x y z)
+    apart = float(np.abs(apply_affine(one, corners) - apply_affine(other, corners)).max())
+    return 0.0 if apart <= AFFINE_TOLERANCE * voxel_sizes(image.affine).min() else apart
+
+
+def odd_header(image: nib.Nifti1Image) -> list[str]:
+    """Return what is odd about where a header says that an image lies."""
+    header, qform = image.header, None
+    codes = {name: int(header[f"{name}_code"]) for name in ("sform", "qform")}
+    with suppress(ValueError):  # a quaternion that is none
+        qform = image.get_qform() if all(codes.values()) else None
+    parted = 0 if qform is None else apart_mm(image, image.affine, qform)
+    unit, placed = np.abs(image.affine) == np.eye(4), any(codes.values())
+    pixdim, sizes = np.array(header.get_zooms()[:3]), voxel_sizes(image.affine)
+    rules = {
+        "its header does not say how it lies, check left and right in preds/": not placed,
+        "its header gives 1 x 1 x 1 mm and no orientation, as LiTS 28 to 47 do, so that mm, ml, "
+        "left and right may be wrong": unit[:3, : 4 if placed else 3].all(),
+        f"its sform and qform put a voxel {parted:.3g} mm apart, the sform is taken": parted,
+        f"its header gives voxels of {as_mm(pixdim)} mm and its sform of {as_mm(sizes)}, the sform "
+        "is taken": not (parted or np.allclose(pixdim, sizes, rtol=0.01)),
+    }
+    return [sentence for sentence, broken in rules.items() if broken]
+
+
+def as_mm(sizes: np.ndarray) -> str:
+    """Return voxel sizes as a person writes them: 0.7 x 0.7 x 5."""
+    return " x ".join(f"{size:.4g}" for size in sizes)
+
+
+def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) -> dict[str, object]:
+    """Return what a scan holds by the names of COLUMNS; `odd` is what is odd about its headers."""
+    affine = open_volume(files.image).affine
+    sizes = voxel_sizes(affine)
+    every, inside = histograms(image, liver)
+    voxels, labels = int(inside.sum()), [] if liver is None else liver.labels
+    row = {
+        "scan": files.scan,
+        "patient": files.patient,
+        "voxels": sides(image.voxels.shape),
+        "spacing_mm": as_mm(sizes),
+        "axes": "".join(nib.aff2axcodes(affine)),
+        "labels": " ".join(f"{label:.4g}" for label in labels),
+        "odd": odd + [f"{image.gaps} voxels hold no number, they are air now"] * (image.gaps > 0),
+        "values": hashlib.blake2b(every.tobytes(), digest_size=8).hexdigest(),
+    }
+    if liver is None:
+        return row
+    row["liver_ml"] = ml = round(voxels * sizes.prod() / 1000, 1)
+    if voxels:
+        row["liver_hu"] = int(np.searchsorted(inside.cumsum(), (voxels + 1) // 2)) - 2**15
+        row["side"] = side_of(image, liver.voxels, affine)
+    hu, (least, most) = row.get("liver_hu", LIVER_HU[0]), LIVER_ML
+    rules = {
+        f"{liver.gaps} voxels of its mask hold no number, they are background now": liver.gaps,
+        "no liver in its mask, so all of its slices count as none": not voxels,
+        f"a liver of {ml:g} ml, wanted {least} to {most}": voxels and not least <= ml <= most,
+        f"a liver of {hu} HU, wanted {LIVER_HU[0]} to {LIVER_HU[1]}": (
+            not LIVER_HU[0] <= hu <= LIVER_HU[1]
+        ),
+        "a liver on the patient's left, as if the scan were mirrored": row.get("side") == "left",
+    }
+    row["odd"] += [sentence for sentence, broken in rules.items() if broken]
+    return row
+
+
+def histograms(image: Volume, liver: Liver | None) -> np.ndarray:
+    """Return how often each HU from -32768 to 32767 is there, and in the liver, (2, 65536) int."""
+    counts = np.zeros((2, 2**16), np.int64)
+    for z in range(image.voxels.shape[2]):  # plane by plane, for the memory
+        hu = np.rint(image.voxels[..., z].astype(np.float32) * image.slope + image.inter)
+        bins = (hu.clip(-(2**15), 2**15 - 1) + 2**15).astype(np.intp)
+        counts[0] += np.bincount(bins.ravel(order="K"), minlength=2**16)
+        if liver is not None and liver.voxels[..., z].any():
+            counts[1] += np.bincount(bins[liver.voxels[..., z]], minlength=2**16)
+    return counts
+
+
+def side_of(image: Volume, liver: np.ndarray, affine: np.ndarray) -> str:
+    """Return on which side of the body's middle a liver lies: right, left, or "" for neither."""
+    axis = int(np.flatnonzero(nib.io_orientation(affine)[:, 0] == 0)[0])  # along left and right
+    body = sample(image.voxels) * image.slope + image.inter > BODY_HU
+    places = [np.nonzero(part)[axis] for part in (sample(liver), body)]
+    if not all(len(place) for place in places):
+        return ""
+    offset = (places[0].mean() - places[1].mean()) / body.shape[axis] * np.sign(affine[0, axis])
+    return "" if abs(offset) < SIDE else "right" if offset > 0 else "left"  # NIfTI's x: right
+
+
+def find_copies(rows: dict[str, list[dict]]) -> list[str]:
+    """Return a sentence for each scan whose voxels are in both splits; one in its own is odd.
+
+    rows : {split: what `measure` returned}. Copies are told by how often each HU is there, so that
+    neither axes nor header nor file type can hide one.
+    """
+    faults, seen = [], {}
+    for split, scans in rows.items():
+        for row in scans:
+            first_split, first = seen.setdefault(row["values"], (split, row))
+            if first_split != split:
+                faults.append(
+                    f"raw/{split} holds with {row['scan']} the voxels of {first['scan']} in "
+                    f"raw/{first_split}, and a test on training patients is no test: take one away"
+                )
+            elif first["patient"] != row["patient"]:
+                row["odd"].append(
+                    f"the voxels of {first['scan']} under another name, give both one patient in "
+                    "raw/patients.csv"
+                )
+    return faults
+
+
+def report(split: str, rows: list[dict], size: int) -> None:
+    """Print a line a scan, one for all that is odd about it, and what was sliced in all."""
+    hidden = {"slices", "with_liver", "oblique", "odd", "values"}
+    if all(row["scan"] == row["patient"] for row in rows):
+        hidden.add("patient")
+    shown = [name for name in COLUMNS if name not in hidden]
+    lines = [shown, *([str(row.get(name, "")) or "-" for name in shown] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"raw/{split}")
+    for line in lines if rows else ():
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
+    for row in rows:
+        for sentence in row["odd"]:
+            print(f"{row['scan']}: {sentence}")
+    slices, liver, oblique = (
+        sum(row[name] for row in rows) for name in ("slices", "with_liver", "oblique")
+    )
+    print(
+        f"{split}: {len(rows)} scans, {slices} slices of {size} x {size}, {liver} with liver"
+        + (f", {oblique} oblique" if oblique else "")
+    )
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write what `measure` returned as csv, a line a scan."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows(row | {"odd": "; ".join(row["odd"])} for row in rows)
+
+
+def read_table(path: Path, found: list[Files]) -> list[dict]:
+    """Return what an earlier run wrote of the scans that are still there, [] if there is none."""
+    if not path.exists():
+        return []
+    there = {files.scan for files in found}
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [row for row in csv.DictReader(file) if row.keys() >= {*COLUMNS}]
+    return [row | {"odd": []} for row in rows if row["scan"] in there]
+
+
+def check_files(paths: set[Path], split: str, sliced_s: float) -> None:
+    """Print which files were changed or added after slicing, `sliced_s` in seconds since 1970.
+
+    Raises FileNotFoundError for one of the test split that is gone.
+    """
+    folder = ROOT / "raw" / split
+    there = {path for path in list_files(folder) if identify(path, folder)}
+    for path in sorted(there - paths):
+        print(f"{named(path)} is not among the slices: run `python data.py` again")
+    for path in sorted(paths):
+        if path.exists():
+            if path.stat().st_mtime > sliced_s:
+                print(f"{named(path)} is newer than its slices: run `python data.py` again")
+        elif split == "test":
+            raise FileNotFoundError(
+                f"{named(path)} was sliced and is gone: put it back, or run `python data.py` again"
+            )
