@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import linecache
 import signal
 import sys
 import types
@@ -56,9 +57,11 @@ def load_notebook():
     kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     for cell in json.loads((REPO / "train.ipynb").read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
-            tree = ast.parse("".join(cell["source"]))
+            source, name = "".join(cell["source"]), f"train.ipynb {cell['id']}"
+            linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+            tree = ast.parse(source)
             tree.body = [node for node in tree.body if isinstance(node, kept)]
-            exec(compile(tree, "train.ipynb", "exec"), module.__dict__)
+            exec(compile(tree, name, "exec"), module.__dict__)
     return module
 
 

@@ -441,7 +441,7 @@ def test_a_label_of_several_is_liver_when_it_is_said_which(root, label, liver, c
     save_volumes(root, body_and_liver()[0], organs())
     _, masks, slices = sliced("train", 32, f"--label={label}")
     assert masks.sum() == liver and slices.label.unique().tolist() == [label]
-    odd = "p1: no liver in its mask, so all of its slices count as none"
+    odd = "p1: no liver in its mask, so all of its slices count as none\n"
     assert (odd in capsys.readouterr().out) == (liver == 0)
     mask = volumes.read_mask(root / TRAIN_MASK, slices.label[0])
     assert mask.sum() == liver
@@ -460,7 +460,9 @@ def test_a_training_scan_without_liver_is_taken_and_said(root, capsys):
     save(root / TRAIN_MASK, body_and_liver()[1] * 0)
     _, masks, slices = sliced()
     assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] + [0] * 6 and not masks[6:].any()
-    assert "p1: no liver in its mask, so all of its slices count as none" in capsys.readouterr().out
+    assert (
+        "p1: no liver in its mask, so all of its slices count as none\n" in capsys.readouterr().out
+    )
 
 
 def test_voxels_without_a_number_are_sliced_as_air(root, capsys):

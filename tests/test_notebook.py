@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import types
 
 import keras
 import numpy as np
@@ -84,7 +85,8 @@ def test_the_defaults_are_the_tutorials_where_nothing_better_was_measured(commit
     assert all(name.isupper() for name in values)
     assert values["EPOCHS"] == 20
     assert values["LEARNING_RATE"] == 1e-3
-    assert values["FILTERS"] == 32
+    assert values["FILTERS"] == 16  # the tutorial's 32 bring nothing more than START does
+    assert values["START"] == "preds/synthetic.keras"
     assert values["BATCH_SIZE"] == 10
     assert values["VALIDATION_SHARE"] == 0.1  # of the patients; the tutorial's 0.2 of the slices
 
@@ -103,7 +105,7 @@ def run_from_the_top(**changed):
     for cell in code_cells():
         exec(code(cell), names)
         if "parameters" in cell["metadata"].get("tags", []):
-            names |= changed
+            names |= {"START": ""} | changed
 
 
 @pytest.mark.parametrize(
@@ -112,14 +114,15 @@ def run_from_the_top(**changed):
         ("EPOCHS", 0, "a whole number above 0"),
         ("EPOCHS", 2.5, "a whole number above 0"),
         ("SEED", -1, "a whole number from 0 on"),
+        ("EPOCHS", True, "a whole number above 0"),  # `yes` in YAML, would count as 1
         ("LEARNING_RATE", 0.0, "a number above 0, such as 0.001"),
+        ("LEARNING_RATE", "1e-3", "a number above 0, such as 0.001"),  # 1e-3 in YAML is text
         ("VALIDATION_SHARE", 50, "a number from 0 to below 1"),
         ("VALIDATION_PATIENTS", "p1", "a list of names"),
         ("AUGMENT", "false", "True or False"),  # would count as True
-        ("LEARNING_RATE", "1e-3", "a number above 0, such as 0.001"),  # text, as YAML reads it
-        ("START", "nowhere.keras", "a file that exists, or nothing"),
         ("MODEL", "preds/unet.h5", "a name that ends with .keras"),
-        ("PRECISION", "bfloat16", "one of those above"),
+        ("START", "nowhere.keras", "a file, or nothing"),
+        ("PRECISION", "bfloat16", "one of ['auto', 'float32', 'mixed_bfloat16']"),
     ],
 )
 def test_a_wrong_parameter_stops_the_notebook_before_it_starts(root, name, value, wanted):
@@ -129,10 +132,37 @@ def test_a_wrong_parameter_stops_the_notebook_before_it_starts(root, name, value
 
 
 def test_weights_without_a_scan_to_segment_are_refused_in_a_sentence(root):
+    (root / "mine.keras").touch()
     save_patient(root / "raw/train")
     data.main(["--size", "32"])
     with pytest.raises(ValueError, match="nothing to segment: put scans in raw/test"):
         run_from_the_top(WEIGHTS="mine.keras")
+
+
+def test_a_scan_named_as_a_picture_that_lies_in_preds_is_refused(root):
+    for split, name in {"train": "p1", "test": "example"}.items():
+        save_patient(root / "raw" / split, name)
+    data.main(["--size", "32"])
+    with pytest.raises(ValueError, match="a scan called example"):
+        run_from_the_top()
+
+
+def test_run_from_another_folder_the_notebook_says_where_to(root, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="run the notebook in its own folder"):
+        run_from_the_top()
+
+
+@pytest.mark.parametrize(("masks", "shown"), [([0, 0, 7, 0, 9, 0], 4), ([0] * 6, 1)])
+def test_the_slice_that_is_shown_has_most_liver_or_is_the_middle_of_the_first_scan(
+    notebook, masks, shown
+):
+    masks = np.arange(16) < np.reshape(masks, (6, 1, 1)) * np.ones((1, 4, 1))
+    table = pd.DataFrame({"scan": list("aaabbb"), "slice": range(6)})
+    names = vars(notebook) | {"train": data.Slices(np.zeros((6, 4, 16)), masks, table)}
+    exec(find_code("def show("), names)
+    notebook.plt.close("all")
+    assert names["example"] == shown
 
 
 def test_the_patients_with_the_fewest_slices_are_held_out_whole_or_those_named(notebook):
@@ -251,6 +281,20 @@ def test_batches_hold_slices_in_order_with_their_masks(notebook, arrays):
         batches.on_epoch_end()
 
 
+def test_blank_slices_fill_a_batch_up_for_devices_that_share_it(notebook, arrays):
+    batches = notebook.Batches(*arrays, [5, 3, 1, 0, 2], batch_size=3, devices=4)
+    for n, numbers in enumerate([[5, 3, 1, 0], [0, 2, 0, 0]]):
+        assert batches[n][0][:, 0, 0, 0].tolist() == numbers
+    assert batches[0][1][:, 0, 0, 0].tolist() == [1, 1, 1, 2]  # which does not count
+    assert batches[1][1][:, 0, 0, 0].tolist() == [0, 0, 2, 2]
+
+
+def test_an_epoch_has_one_order_whatever_came_before(notebook, arrays):
+    one, other = (notebook.Batches(*arrays, range(7), 3, 1) for _ in range(2))
+    one.on_epoch_end(), one.on_epoch_end(), other.begin_epoch(3)
+    assert one.order.tolist() == other.order.tolist() != [*range(7)]
+
+
 def test_two_readers_of_batches_get_the_same_in_whatever_order_they_ask(notebook, arrays):
     one, other = (notebook.Batches(*arrays, range(7), 3, 1, notebook.augment) for _ in range(2))
     seen = []
@@ -320,6 +364,14 @@ def test_cross_entropy_adds_its_mean_and_a_slope_out_of_finding_nothing(notebook
     assert nearly_black[0] - nearly_black[1] > 1
 
 
+def test_slices_that_fill_a_batch_up_count_neither_in_the_loss_nor_in_dice(notebook):
+    reference = np.array([[[1.0, 0.0]], [[2.0, 2.0]]], "float32")  # the second one is blank
+    predicted = np.array([[[0.9, 0.6]], [[0.7, 0.2]]], "float32")
+    for loss in (notebook.dice_loss, notebook.dice_and_cross_entropy):
+        assert float(loss(reference, predicted)) == float(loss(reference[:1], predicted[:1]))
+    assert dice_of(notebook, (reference, predicted)) == pytest.approx(2 * 1 / (1 + 2))
+
+
 def convolutions(network):
     return [layer for layer in network.layers if type(layer).__name__.startswith("Conv2D")]
 
@@ -339,27 +391,6 @@ def test_normalisation_is_inside_the_network(notebook):
     slices = np.array([10, 50, 90], np.uint8).reshape(3, 1, 1, 1) * np.ones((1, 16, 16, 1), "uint8")
     normalised = keras.Model(network.input, network.layers[1].output)
     assert np.allclose(ops.convert_to_numpy(normalised(slices))[:, 0, 0, 0], [-2, 0, 2], atol=1e-5)
-
-
-def test_a_training_begins_with_the_weights_of_a_model_for_another_size(notebook, tmp_path):
-    keras.utils.set_random_seed(0)
-    trained = notebook.unet(32, 2, mean=50.0, deviation=20.0)
-    trained.save(tmp_path / "start.keras")
-    network = notebook.begin_with(str(tmp_path / "start.keras"), 64, 2, normalize=True)
-    slices = np.full((1, 64, 64, 1), 90, np.uint8)
-    slices[:, 20:40] = 10
-    same = notebook.unet(64, 2, mean=50.0, deviation=20.0)
-    same.set_weights(trained.get_weights())
-    assert np.array_equal(network.predict(slices, verbose=0), same.predict(slices, verbose=0))
-
-
-@pytest.mark.parametrize("other", [{"filters": 3}, {"normalize": False}])
-def test_a_model_of_another_kind_to_begin_with_is_refused_in_a_sentence(notebook, tmp_path, other):
-    notebook.unet(16, 2, 0.0, 1.0).save(tmp_path / "start.keras")
-    with pytest.raises(ValueError, match="start.keras' has 2 filters, wanted"):
-        notebook.begin_with(
-            str(tmp_path / "start.keras"), 16, **{"filters": 2, "normalize": True} | other
-        )
 
 
 def norms(network):
@@ -412,6 +443,26 @@ def test_no_gradient_is_lost_in_bfloat16(notebook):
 
     for exact, close in zip(gradients("float32"), gradients("mixed_bfloat16"), strict=True):
         assert np.linalg.norm(close - exact) < 0.3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("7.5\n", "float32"),
+        ("9.0\n8.6\n", "mixed_bfloat16"),
+        ("9.0\n7.0\n", "float32"),
+        ("sh: 1: nvidia-smi: not found", "float32"),
+        ("[N/A]", "float32"),
+    ],
+)
+def test_a_gpu_computes_in_bfloat16_from_compute_capability_8_on(
+    notebook, monkeypatch, said, wanted
+):
+    monkeypatch.setattr(notebook.subprocess, "getoutput", lambda command: said)
+    for name in ("cuda:0", "/job:localhost/device:GPU:0"):  # as PyTorch and TensorFlow say
+        array = types.SimpleNamespace(device=name)
+        monkeypatch.setattr(notebook, "ops", types.SimpleNamespace(zeros=lambda n, a=array: a))
+        assert notebook.choose_precision("auto") == wanted
 
 
 def test_precision_can_be_chosen_and_jax_computes_in_float32_on_a_cpu(notebook, monkeypatch):
@@ -528,15 +579,16 @@ def train(notebook, tmp_path, monkeypatch):
 
     def run_the_cell(losses, decay=True, watched="val_loss"):
         (tmp_path / "preds" / "unet.keras").write_bytes(b"trained all night")
-        (tmp_path / "preds" / "best.weights.h5").write_bytes(b"of a training that was killed")
         network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
         model = keras.Model(network.inputs, network.outputs)
         model.compile("sgd", "mse")
 
-        def fit(batches, callbacks, **_):
-            callbacks = keras.callbacks.CallbackList(callbacks, add_history=True, model=model)
+        def fit(batches, callbacks, initial_epoch, **_):
+            callbacks = keras.callbacks.CallbackList(callbacks, model=model)
             callbacks.on_train_begin()
             for epoch, loss in enumerate(losses):
+                if epoch < initial_epoch:
+                    continue
                 network.layers[0].bias.assign([epoch + 1])
                 if isinstance(loss, BaseException):
                     raise loss
@@ -544,8 +596,13 @@ def train(notebook, tmp_path, monkeypatch):
 
         model.fit = fit
         names = {"EPOCHS": 3, "DECAY": decay, "PRECISION": "float32", "WEIGHTS": ""}
-        names |= {"MODEL": "preds/unet.keras", "model": model, "network": network, "batches": []}
+        names |= {"MODEL": "preds/unet.keras", "model": model, "network": network}
+        names["parameters"] = {name: names[name] for name in ("EPOCHS", "DECAY", "PRECISION")}
+        names["parameters"]["START"], names["policy"] = "", "float32"
+        names["batches"] = types.SimpleNamespace(begin_epoch=lambda epoch: None)
         names["validation"] = ["batch"] if watched == "val_loss" else []
+        names["train"] = data.Slices(np.zeros(3), np.zeros(3), None)
+        names["train_numbers"] = names["validation_numbers"] = np.arange(3)
         exec(find_code("model.fit("), vars(notebook) | names)
         kept = keras.models.load_model("preds/unet.keras")
         (bias,) = model.get_weights()[-1].tolist()
@@ -574,7 +631,8 @@ def test_the_last_epoch_is_kept_or_the_lowest_loss_and_an_earlier_model_is_renam
     assert train(losses, True, watched) == with_decay
     (renamed,) = (tmp_path / "preds").glob("unet-2*.keras")
     assert renamed.read_bytes() == b"trained all night"
-    assert not list((tmp_path / "preds").glob("*.h5"))
+    stopped = isinstance(losses[-1], KeyboardInterrupt)
+    assert (tmp_path / "preds" / "training.npz").exists() == stopped  # and goes on if run again
     assert train(losses, False, watched) == without
 
 
@@ -623,35 +681,25 @@ def test_the_reference_is_a_thin_line_of_a_second_colour(notebook):
     assert CYAN not in colours(notebook.overlay(img, mask, None))
 
 
-def test_a_patient_gets_a_picture_a_slice_in_the_order_of_position(notebook, tmp_path, arrays):
+def test_a_scan_gets_a_picture_a_slice_in_the_order_of_position(notebook, tmp_path, arrays):
     imgs, masks = arrays
     part = data.Slices(imgs, masks, pd.DataFrame({"slice": [6, 5, 4, 3, 2, 1, 0], "mask": "m"}))
     (tmp_path / "p.1").mkdir()
     (tmp_path / "p.1" / "slice_0099.png").write_bytes(b"of an earlier scan")
-    sheet = notebook.draw_patient(tmp_path / "p.1", part, masks * 0.9, np.arange(7))
+    sheet = notebook.draw_slices(tmp_path / "p.1", part, masks * 0.9, np.arange(7))
     names = sorted(path.name for path in (tmp_path / "p.1").iterdir())
     assert names == [f"slice_{n:04d}.png" for n in range(7)]
     assert imread(tmp_path / "p.1" / names[0]).shape == (512, 512, 3)
     assert imread(tmp_path / "p.1.png").shape == sheet.shape == (2 * 256, 6 * 256, 3)
 
 
-def test_gray_values_are_shared_out_inside_and_outside_the_liver(notebook, arrays):
-    train = data.Slices(*(array[[0, 1, 3]] for array in arrays), None)  # without, with, with liver
-    exec(find_code("share of pixels"), vars(notebook) | {"train": train})
-    lines = notebook.plt.gca().lines
-    assert lines[0].get_xdata()[[0, 255]].tolist() == [-160, 240]
-    outside, inside = (line.get_ydata()[:4].tolist() for line in lines)
-    assert outside == [1, 0, 0, 0] and inside == [0, 0.5, 0, 0.5]
-    notebook.plt.close("all")
-
-
-def test_the_best_and_the_worst_patient_are_shown_as_what_they_are(notebook):
+def test_the_best_and_the_worst_scan_are_shown_as_what_they_are(notebook):
     masks = np.zeros((4, 16, 16), np.uint8)
     masks[3, :4], masks[1, :8] = 1, 1  # missed
     slices = pd.DataFrame({"slice": [7, 8, 5, 6]})
     names = dict(
-        scores=pd.DataFrame({"patient": ["a", "b", "c"], "dice": [0.5, 0.9, np.nan]}),
-        patients={"a": np.array([0, 1]), "b": np.array([2, 3])},
+        scores=pd.DataFrame({"scan": ["a", "b", "c"], "dice": [0.5, 0.9, np.nan]}),
+        scans={"a": np.array([0, 1]), "b": np.array([2, 3])},
         test=data.Slices(np.zeros((4, 16, 16), np.uint8), masks, slices),
         probabilities=np.zeros((4, 16, 16), np.float16),
     )
@@ -659,4 +707,93 @@ def test_the_best_and_the_worst_patient_are_shown_as_what_they_are(notebook):
     exec(find_code("def worst_slice("), vars(notebook) | names)
     titles = [notebook.plt.figure(n).axes[0].get_title() for n in notebook.plt.get_fignums()]
     notebook.plt.close("all")
-    assert titles == ["best patient: b, slice 6", "worst patient: a, slice 8"]
+    assert titles == ["best scan: b, slice 6", "worst scan: a, slice 8"]
+
+
+def small_model(seed=0):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    return model
+
+
+def fit(notebook, path, epochs, asked=None, seed=0):
+    """Train a small model until an epoch, or go on; return its weights and the epochs done before.
+
+    path : where it keeps its progress
+    """
+    model = small_model(seed)
+    progress = notebook.Progress(model, path, asked or {"LEARNING_RATE": 0.1}, "loss")
+    done = progress.resume()
+    x = np.random.default_rng(0).standard_normal((20, 2), np.float32)
+    options = {"initial_epoch": done, "shuffle": False, "verbose": 0, "callbacks": [progress]}
+    model.fit(x, x[:, :1], epochs=epochs, **options)
+    return model.get_weights(), done, progress
+
+
+def test_a_training_that_goes_on_ends_as_one_that_was_never_stopped(notebook, tmp_path):
+    whole, _, known = fit(notebook, tmp_path / "whole.npz", 4)
+    assert fit(notebook, tmp_path / "part.npz", 2)[1] == 0
+    weights, done, progress = fit(notebook, tmp_path / "part.npz", 4, seed=7)
+    assert done == 2 and progress.history == known.history
+    for pair in [*zip(weights, whole, strict=True), *zip(progress.best, known.best, strict=True)]:
+        np.testing.assert_array_equal(*pair)
+
+
+def test_a_training_goes_on_only_if_all_that_decides_on_it_is_the_same(notebook, tmp_path, capsys):
+    fit(notebook, tmp_path / "p.npz", 1, {"LEARNING_RATE": 0.1, "slices": [1, 2]})
+    assert fit(notebook, tmp_path / "p.npz", 1, {"LEARNING_RATE": 0.2, "slices": [1, 3]})[1] == 0
+    assert "is of one with other LEARNING_RATE, slices" in capsys.readouterr().out
+
+
+def test_slices_parameters_the_model_to_start_from_and_code_decide(tmp_path, notebook):
+    (tmp_path / "start.keras").write_bytes(b"1")
+    parameters = {"EPOCHS": 3, "START": str(tmp_path / "start.keras"), "PRECISION": "float32"}
+    parameters |= {"MODEL": "a.keras", "SMOOTH_MM": 5, "WEIGHTS": ""}
+    arrays = [np.zeros((2, 3, 3), np.uint8), np.arange(2)]
+
+    def changed():
+        asked = notebook.describe(parameters, arrays, [notebook.augment])
+        return {name for name in known if asked[name] != known[name]}
+
+    known = notebook.describe(parameters, arrays, [notebook.augment])
+    parameters |= {"MODEL": "b.keras", "SMOOTH_MM": 0}
+    assert changed() == set()
+    parameters["EPOCHS"] = 4
+    assert changed() == {"EPOCHS"}
+    arrays[0][1, 2, 2] = 1
+    assert changed() == {"EPOCHS", "slices"}
+    (tmp_path / "start.keras").write_bytes(b"2")
+    assert changed() == {"EPOCHS", "slices", "START"}
+    known = notebook.describe(parameters, arrays, [notebook.unet])  # of another cell
+    assert notebook.describe(parameters, arrays, [notebook.augment])["code"] != known["code"]
+
+
+def test_a_full_disk_is_an_error_before_the_first_epoch(notebook, tmp_path, monkeypatch):
+    free = types.SimpleNamespace(free=100)
+    monkeypatch.setattr(notebook.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(OSError, match="has 0.00 GB free, wanted"):
+        fit(notebook, tmp_path / "p.npz", 1)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_a_training_starts_with_a_kept_models_weights_and_grays(notebook, tmp_path, size):
+    kept = notebook.unet(32, 2, 50.0, 20.0)
+    kept.save(tmp_path / "kept.keras")
+    network = notebook.begin_with(str(tmp_path / "kept.keras"), notebook.unet(size, 2, 1.0, 2.0))
+    assert network.input_shape == (None, size, size, 1)
+    imgs = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 1), np.uint8)
+    if size == 32:
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(n(imgs)) for n in (network, kept)))
+    for one, other in zip(network.get_weights(), kept.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert convolutions(network)[0].kernel.constraint is not None
+
+
+@pytest.mark.parametrize("options", [{"filters": 4}, {"filters": 2, "normalize": False}])
+def test_a_model_with_other_filters_or_layers_is_no_start(notebook, tmp_path, options):
+    notebook.unet(16, 2, 50.0, 20.0).save(tmp_path / "kept.keras")
+    wanted = notebook.unet(16, mean=1.0, deviation=2.0, **options)
+    sentence = f"kept.keras' has 2 filters, wanted {options['filters']} and the same NORMALIZE: set"
+    with pytest.raises(ValueError, match=sentence):
+        notebook.begin_with(str(tmp_path / "kept.keras"), wanted)

@@ -376,7 +376,11 @@ ODD_LIVERS = {
         lambda image, liver: None,
         ["a liver of 4800 ml, wanted 200 to 4000"],
     ),
-    "none": (LPS, lambda image, liver: liver.fill(0), ["no liver in its mask, so all of its slices count as none"]),
+    "none": (
+        LPS,
+        lambda image, liver: liver.fill(0),
+        ["no liver in its mask, so all of its slices count as none"],
+    ),
     "fat": (
         np.diag([-10.0, -10.0, 20.0, 1.0]),
         lambda image, liver: image.__setitem__(liver == 1, -20),

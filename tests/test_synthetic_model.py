@@ -8,6 +8,7 @@ import pytest
 from conftest import REPO, SHARED_SCANS, dice
 
 import data
+from raw import volumes
 
 sys.path.insert(0, str(REPO / "raw"))
 import phantom  # noqa: E402  raw/ has to be on the path first
@@ -18,7 +19,8 @@ NEVER_USED = 4711  # a seed of the synthetic patients
 
 def dice_of_slices(model, scan, mask, every):
     """Return the Dice of every so many slices, pooled."""
-    imgs, masks = data.slice_image(scan, 256)[::every], data.slice_mask(mask, scan, 256)[::every]
+    imgs = data.slice_image(volumes.read_image(scan), scan, 256)[::every]
+    masks = data.slice_mask(volumes.read_mask(mask), scan, 256)[::every]
     return dice(model.predict(imgs[..., None], batch_size=8, verbose=0)[..., 0] >= 0.5, masks)
 
 
