@@ -5,9 +5,10 @@
 trains on the patients of SCANS/train and scores those of SCANS/test, which hold scans as raw/train
 and raw/test do. With `--leave-out` it scores each patient inside SCANS/train by a training without
 him, with `--leave-out 3` in three trainings. A recipe is the notebook with other parameters;
-RECIPES has them all. `--size 128 -p FILTERS 16` makes it quick. Every training has a folder of its
-own, with the notebook as it ran; a finished one is not run again, so the table that is printed can
-grow over several calls. `tests/tables.py --add` keeps the scores in tests/results.csv.
+RECIPES has them all. `--size 128` makes it quick, `-p FILTERS 32` is as wide as the tutorial's.
+Every training has a folder of its own, with the notebook as it ran; a finished one is not run
+again, so the table that is printed can grow over several calls. `tests/tables.py --add` keeps the
+scores in tests/results.csv.
 """
 
 import argparse
@@ -30,7 +31,8 @@ REPO = Path(__file__).resolve().parents[1]
 NOTEBOOK = REPO / "train.ipynb"
 ONE_PATIENT = [{"lits_006", "lits_008", "lits_010"}]  # scans of one patient in ../shared/scans
 
-TUTORIAL = {  # how the tutorial trains
+SCRATCH = {"START": ""}
+TUTORIAL = SCRATCH | {  # how the tutorial trains
     "MUON": False,
     "NORMALIZE": False,
     "AUGMENT": False,
@@ -42,14 +44,15 @@ TUTORIAL = {  # how the tutorial trains
 WITH_DEFECTS = "the tutorial, with its defects"
 RECIPES = {  # parameters of the notebook
     "ours": {},
+    "from scratch": SCRATCH,
     WITH_DEFECTS: TUTORIAL | {"VALIDATION_PATIENTS": ["last fifth"]},
     "the tutorial, defects repaired": TUTORIAL,
     "the tutorial, cross-entropy added": TUTORIAL | {"CROSS_ENTROPY": True},
-    "Adam": {"MUON": False},
-    "not normalised": {"NORMALIZE": False},
-    "Dice loss alone": {"CROSS_ENTROPY": False},
-    "no augmentation": {"AUGMENT": False},
-    "constant learning rate": {"DECAY": False},
+    "Adam": SCRATCH | {"MUON": False},
+    "not normalised": SCRATCH | {"NORMALIZE": False},
+    "Dice loss alone": SCRATCH | {"CROSS_ENTROPY": False},
+    "no augmentation": SCRATCH | {"AUGMENT": False},
+    "constant learning rate": SCRATCH | {"DECAY": False},
     "not smoothed": {"SMOOTH_MM": 0},
     "no patient held out": {"VALIDATION_SHARE": 0, "VALIDATION_PATIENTS": []},
 }
@@ -95,15 +98,17 @@ def name_folder(recipe: str, fold: str, size: int, seed: int, given: list[list[s
 
 
 def lay_out(folder: Path, scans: Path, trained: list[str], tested: list[str]) -> None:
-    """Fill a folder with data.py, what it imports, and links to the scans of a training."""
+    """Fill a folder with scripts, the model to start from, and links to the scans of a training."""
     shutil.rmtree(folder, ignore_errors=True)
     for split, names in {"train": trained, "test": tested}.items():
         (folder / "raw" / split).mkdir(parents=True)
         for path in scans.glob("*/*.nii*"):
             if patient_of(path) in names:
                 (folder / "raw" / split / path.name).symlink_to(path.resolve())
-    for script in [REPO / "data.py", *(REPO / "raw").glob("*.py")]:
-        shutil.copy(script, folder / script.relative_to(REPO))  # a link would slice the repo's raw/
+    (folder / "preds").mkdir()
+    start = REPO / "preds" / "synthetic.keras"
+    for file in [REPO / "data.py", start, *(REPO / "raw").glob("*.py")]:
+        shutil.copy(file, folder / file.relative_to(REPO))  # a link would slice the repo's raw/
 
 
 def slice_as_the_tutorial(folder: Path, size: int) -> None:
@@ -150,10 +155,11 @@ def read_scores(folder: Path) -> pd.DataFrame:
     patient : the first scan of the same patient
     """
     scores = pd.read_csv(folder / "preds" / "metrics.csv")
-    scores = scores[~scores.patient.isin(["mean", "worst"])].dropna(subset="dice")
+    scores = scores.rename(columns={"patient": "scan"})  # its name until there was a patients.csv
+    scores = scores[~scores.scan.isin(["mean", "worst"])].dropna(subset="dice")
     first = {scan: min(group) for group in ONE_PATIENT for scan in group}
     return pd.DataFrame(
-        {"scan": scores.patient, "patient": scores.patient.replace(first), "dice": scores.dice}
+        {"scan": scores.scan, "patient": scores.scan.replace(first), "dice": scores.dice}
     )
 
 
