@@ -74,7 +74,7 @@ def slice_all(found: dict[str, list[Files]], faults: list[str], options: Namespa
         for n, split in enumerate(splits):
             files = drafts[len(FILES) * n :][: len(FILES)]
             rows[split] = slice_split(split, found[split], files, faults, options)
-        faults += scans.find_copies(rows)
+        faults += scans.find_copies(rows) + scans.find_no_liver(rows, splits)
         if faults:
             raise ValueError("\ndata.py: ".join(faults))
         for split, table in zip(splits, drafts[len(FILES) - 1 :: len(FILES)], strict=True):
@@ -135,7 +135,8 @@ def slice_scan(
     places = list_slices(files.image, tilts)
     has_liver, liver, mask_name = [""] * len(places), None, ""  # unknown without a mask
     if files.mask:
-        liver, mask_name = volumes.read_liver(files.mask, options.label), named(files.mask)
+        liver = volumes.read_liver(files.mask, options.label, files.image)
+        mask_name = named(files.mask)
         pictures = slice_mask(liver.voxels, files.image, options.size, tilts)
         has_liver = pictures.any(axis=(1, 2)).astype(int).tolist()
         masks[: len(places)] = pictures

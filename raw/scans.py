@@ -11,25 +11,27 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import product
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.affines import obliquity, voxel_sizes
 
 from raw.volumes import (
-    AFFINE_TOLERANCE,
     ROOT,
     Liver,
     Volume,
+    apart_mm,
     check_header,
     free_memory,
     named,
     open_volume,
     sample,
     sides,
+    turn_onto,
+    upright,
 )
 
 SUFFIX = re.compile(r"\.nii(\.gz)?", re.IGNORECASE)
@@ -44,8 +46,14 @@ LAYOUTS = (
     ("{}/ct", "{}/segmentations/liver", "{}"),  # TotalSegmentator
 )
 OTHER_ORGANS = "segmentations"  # a folder whose other masks are passed over
+FAT_HU = -100  # below it lie fat and air
 BODY_HU = -300  # below it lie air and lungs
 LIVER_ML = (200, 4000)
+FIELD_MM = (20, 2000)
+MOST_ASKEW = 25  # degrees
+MOST_FAT = 0.05  # of a liver's voxels, how many may be air or fat
+COPIED = 0.5  # of two scans' slices; that many in common make them one
+SHOWN_SLICES = 16  # by which a scan is known
 LIVER_HU = (0, 250)  # the median: from a fatty liver to one full of contrast medium
 SIDE = 0.02  # of the width of the volume: what lies closer to the body's middle is on no side
 COLUMNS = ("scan", "patient", "voxels", "spacing_mm", "axes", "labels", "liver_ml", "liver_hu")
@@ -97,8 +105,9 @@ def identify(path: Path, folder: Path) -> tuple[str, str, Path] | None:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Return the files in raw/train or raw/test down to the depth of LAYOUTS, less hidden ones."""
-    paths = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))]
+    """Return the files in a folder and, six levels deep, in those below it, less hidden ones."""
+    depths = ["/".join("*" * depth) for depth in range(1, 7)]  # this follows links to folders
+    paths = [path for depth in depths for path in sorted(folder.glob(depth))]
     visible = [p for p in paths if not re.search(r"(^|/)\.", p.relative_to(folder).as_posix())]
     return [path for path in visible if not path.is_dir()]
 
@@ -108,8 +117,7 @@ def find_files(split: str, owners: dict[str, str]) -> tuple[list[Files], list[st
 
     What is of no known form is left out, and that is printed.
     """
-    folder, found, faults = ROOT / "raw" / split, {}, []
-    others: dict[Path, list[str]] = {}
+    folder, found, faults, others = ROOT / "raw" / split, {}, [], []
     for path in list_files(folder):
         if identity := identify(path, folder):
             name, role, _ = identity
@@ -122,32 +130,52 @@ def find_files(split: str, owners: dict[str, str]) -> tuple[list[Files], list[st
             else:
                 found[same(name)] = files._replace(**{role: path})
         elif path.parent.name != OTHER_ORGANS:
-            others.setdefault(path.parent, []).append(path.name)
-    for parent, (first, *more) in others.items():
+            others.append(path)
+    say_left_out(others, "NAME_orig.nii.gz or NAME_liver.nii.gz")
+    return [files for _, files in sorted(found.items())], faults
+
+
+def say_left_out(paths: Iterable[Path], wanted: str) -> None:
+    """Print which files are passed over, a line a folder."""
+    for parent, group in groupby(sorted(paths, key=lambda path: path.parent), lambda p: p.parent):
+        first, *more = (path.name for path in group)
         names = ", ".join([named(parent / first), *more[:9]])
         print(
             f"{names}{f' and {len(more) - 9} more' if more[9:] else ''} "
-            f"{'are' if more else 'is'} left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz"
+            f"{'are' if more else 'is'} left out: wanted {wanted}"
         )
-    return [files for _, files in sorted(found.items())], faults
+
+
+def is_stray(path: Path) -> bool:
+    """Return whether a file below raw/ is a volume or a table of patients in the wrong place."""
+    place = path.relative_to(ROOT / "raw").as_posix()
+    known = place.startswith(("train/", "test/")) or place == "patients.csv"
+    return not known and bool(SUFFIX.search(path.name) or path.stem.lower().startswith("patients"))
 
 
 def read_patients() -> dict[str, str]:
     """Return {scan: patient} of raw/patients.csv, empty if there is none.
 
-    Raises ValueError for a table without the two columns, an empty field or a scan named twice.
+    A scan may be named as its file. Raises ValueError for a table without the two columns, an empty
+    field or a scan named twice.
     """
     path = ROOT / "raw" / "patients.csv"
     if not path.exists():
         return {}
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        rows = [[field.strip() for field in row] for row in csv.reader(file) if any(row)] or [[]]
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")  # as Excel saves it on Windows
+    lines = csv.reader(text.splitlines())
+    rows = [[field.strip() for field in row] for row in lines if any(row)] or [[]]
     if not {"scan", "patient"} <= {*rows[0]}:
         raise ValueError(f"{named(path)} begins with {rows[0]}, wanted the line scan,patient")
     owners, spelled = {}, {}
     for number, row in enumerate(rows[1:], 2):
         fields = dict(zip(rows[0], row, strict=False))
         scan, patient = (fields.get(name, "") for name in ("scan", "patient"))
+        scan = re.sub(r"(_orig|_liver)?\.nii(\.gz)?$", "", scan, flags=re.IGNORECASE)
         if not (scan and patient) or same(scan) in owners:
             raise ValueError(
                 f"{named(path)} says {','.join(row)} in row {number}, wanted a scan and its "
@@ -176,7 +204,13 @@ def find_scans(only: str | None) -> tuple[dict[str, list[Files]], list[str]]:
         )
     names = {same(files.scan) for files in (*found["train"], *found["test"])}
     if unknown := sorted(owners.keys() - names):
-        print(f"raw/patients.csv names scans that are not in raw/: {', '.join(unknown)}")
+        said = f"raw/patients.csv names scans that are not in raw/: {', '.join(unknown)}"
+        if owners.keys() <= set(unknown):  # then it is of no use, or meant otherwise
+            faults.append(f"{said}; wanted names like {', '.join(sorted(names)[:2])}")
+        else:
+            print(said)
+    strays = (path for path in list_files(ROOT / "raw") if is_stray(path))
+    say_left_out(strays, "volumes in raw/train or raw/test, and patients in raw/patients.csv")
     wanted = only or "train"
     if not found[wanted]:
         raise FileNotFoundError(
@@ -217,19 +251,21 @@ def check(files: Files, split: str, on_image_grid: bool) -> list[str]:
         return odd
     check_header(files.mask)
     image, mask = open_volume(files.image), open_volume(files.mask)
+    if turn_onto(mask, image) is not None:
+        return odd
     if image.shape[:3] != mask.shape[:3]:
         raise ValueError(
             f"{named(files.image)} is {sides(image.shape[:3])} but its mask {files.mask.name} is "
             f"{sides(mask.shape[:3])}: export the mask on the image's grid"
         )
-    apart = apart_mm(image, image.affine, mask.affine)
-    if apart and not on_image_grid:
+    apart = apart_mm(image, mask.affine)
+    if not on_image_grid:
         raise ValueError(
             f"{named(files.image)} and its mask {files.mask.name} have affines that put one voxel "
             f"{apart:.3g} mm apart: export the mask on the image's grid, or add "
             "--mask-on-image-grid if only its header is wrong"
         )
-    return odd + [f"the mask's affine, {apart:.3g} mm off, is set aside"] * (apart > 0)
+    return [*odd, f"the mask's affine, {apart:.3g} mm off, is set aside"]
 
 
 def check_all(
@@ -259,22 +295,18 @@ def fitting_workers(found: Iterable[Files], bytes_a_voxel: int, most: int) -> in
     return min(fitting, most)
 
 
-def apart_mm(image: nib.Nifti1Image, one: np.ndarray, other: np.ndarray) -> float:
-    """Return how far two affines put a corner of an image apart, 0 if it is but rounding."""
-    corners = list(product(*((0, n - 1) for n in image.shape[:3])))  # (8, x y z)
-    apart = float(np.abs(apply_affine(one, corners) - apply_affine(other, corners)).max())
-    return 0.0 if apart <= AFFINE_TOLERANCE * voxel_sizes(image.affine).min() else apart
-
-
 def odd_header(image: nib.Nifti1Image) -> list[str]:
     """Return what is odd about where a header says that an image lies."""
     header, qform = image.header, None
     codes = {name: int(header[f"{name}_code"]) for name in ("sform", "qform")}
     with suppress(ValueError):  # a quaternion that is none
         qform = image.get_qform() if all(codes.values()) else None
-    parted = 0 if qform is None else apart_mm(image, image.affine, qform)
+    parted = 0 if qform is None else apart_mm(image, qform)
     unit, placed = np.abs(image.affine) == np.eye(4), any(codes.values())
     pixdim, sizes = np.array(header.get_zooms()[:3]), voxel_sizes(image.affine)
+    field_mm = sorted(image.shape[:3] * sizes)[1]  # of slices, however long the scan is
+    askew = np.degrees(obliquity(image.affine).max())
+    (least, most), most_askew = FIELD_MM, MOST_ASKEW
     rules = {
         "its header does not say how it lies, check left and right in preds/": not placed,
         "its header gives 1 x 1 x 1 mm and no orientation, as LiTS 28 to 47 do, so that mm, ml, "
@@ -282,6 +314,9 @@ def odd_header(image: nib.Nifti1Image) -> list[str]:
         f"its sform and qform put a voxel {parted:.3g} mm apart, the sform is taken": parted,
         f"its header gives voxels of {as_mm(pixdim)} mm and its sform of {as_mm(sizes)}, the sform "
         "is taken": not (parted or np.allclose(pixdim, sizes, rtol=0.01)),
+        f"its slices are {field_mm:.3g} mm wide, wanted {least} to {most}, as if its header were "
+        "not in mm": not least <= field_mm <= most,
+        f"it lies {askew:.0f} degrees askew, so that no slice is axial": askew > most_askew,
     }
     return [sentence for sentence, broken in rules.items() if broken]
 
@@ -295,17 +330,18 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
     """Return what a scan holds by the names of COLUMNS; `odd` is what is odd about its headers."""
     affine = open_volume(files.image).affine
     sizes = voxel_sizes(affine)
-    every, inside = histograms(image, liver)
+    inside, slices = histograms(image, liver, files.image)
     voxels, labels = int(inside.sum()), [] if liver is None else liver.labels
+    labels = " ".join(f"{label:.4g}" for label in labels)
     row = {
         "scan": files.scan,
         "patient": files.patient,
         "voxels": sides(image.voxels.shape),
         "spacing_mm": as_mm(sizes),
         "axes": "".join(nib.aff2axcodes(affine)),
-        "labels": " ".join(f"{label:.4g}" for label in labels),
+        "labels": labels,
         "odd": odd + [f"{image.gaps} voxels hold no number, they are air now"] * (image.gaps > 0),
-        "values": hashlib.blake2b(every.tobytes(), digest_size=8).hexdigest(),
+        "values": " ".join(sorted(slices)[:SHOWN_SLICES]),
     }
     if liver is None:
         return row
@@ -314,29 +350,40 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
         row["liver_hu"] = int(np.searchsorted(inside.cumsum(), (voxels + 1) // 2)) - 2**15
         row["side"] = side_of(image, liver.voxels, affine)
     hu, (least, most) = row.get("liver_hu", LIVER_HU[0]), LIVER_ML
+    fat = inside[: 2**15 + FAT_HU].sum() / max(voxels, 1)
     rules = {
         f"{liver.gaps} voxels of its mask hold no number, they are background now": liver.gaps,
-        "no liver in its mask, so all of its slices count as none": not voxels,
+        f"no liver in its mask of labels {labels}, so all of its slices count as none": not voxels,
         f"a liver of {ml:g} ml, wanted {least} to {most}": voxels and not least <= ml <= most,
         f"a liver of {hu} HU, wanted {LIVER_HU[0]} to {LIVER_HU[1]}": (
             not LIVER_HU[0] <= hu <= LIVER_HU[1]
         ),
+        f"{fat:.0%} of its liver are air or fat, as if the mask were not this scan's or lay on "
+        "other axes": fat > MOST_FAT,
         "a liver on the patient's left, as if the scan were mirrored": row.get("side") == "left",
     }
     row["odd"] += [sentence for sentence, broken in rules.items() if broken]
     return row
 
 
-def histograms(image: Volume, liver: Liver | None) -> np.ndarray:
-    """Return how often each HU from -32768 to 32767 is there, and in the liver, (2, 65536) int."""
-    counts = np.zeros((2, 2**16), np.int64)
-    for z in range(image.voxels.shape[2]):  # plane by plane, for the memory
-        hu = np.rint(image.voxels[..., z].astype(np.float32) * image.slope + image.inter)
+def histograms(image: Volume, liver: Liver | None, scan: Path) -> tuple[np.ndarray, set[str]]:
+    """Return how often each HU from -32768 to 32767 is there in the liver, and a name a slice.
+
+    The name, of an axial slice, follows from how often each HU of soft tissue is there, so that
+    neither axes nor header, file type, padding or clipping can hide a copy.
+    """
+    counts, names = np.zeros(2**16, np.int64), set()
+    planes = upright(image.voxels, scan)  # slice by slice, for the memory
+    livers = repeat(None) if liver is None else upright(liver.voxels, scan)
+    for plane, inside in zip(planes, livers, strict=False):
+        hu = np.rint(plane.astype(np.float32) * image.slope + image.inter)
         bins = (hu.clip(-(2**15), 2**15 - 1) + 2**15).astype(np.intp)
-        counts[0] += np.bincount(bins.ravel(order="K"), minlength=2**16)
-        if liver is not None and liver.voxels[..., z].any():
-            counts[1] += np.bincount(bins[liver.voxels[..., z]], minlength=2**16)
-    return counts
+        soft = np.bincount(bins.ravel(order="K"), minlength=2**16)[2**15 - 99 : 2**15 + 200]
+        if soft.any():
+            names.add(hashlib.blake2b(soft.tobytes(), digest_size=8).hexdigest())
+        if inside is not None and inside.any():
+            counts += np.bincount(bins[inside], minlength=2**16)
+    return counts, names
 
 
 def side_of(image: Volume, liver: np.ndarray, affine: np.ndarray) -> str:
@@ -351,26 +398,41 @@ def side_of(image: Volume, liver: np.ndarray, affine: np.ndarray) -> str:
 
 
 def find_copies(rows: dict[str, list[dict]]) -> list[str]:
-    """Return a sentence for each scan whose voxels are in both splits; one in its own is odd.
+    """Return a sentence for each scan whose slices are in both splits; one in its own is odd.
 
-    rows : {split: what `measure` returned}. Copies are told by how often each HU is there, so that
-    neither axes nor header nor file type can hide one.
+    rows : {split: what `measure` returned}
     """
-    faults, seen = [], {}
+    faults, seen = [], []
     for split, scans in rows.items():
         for row in scans:
-            first_split, first = seen.setdefault(row["values"], (split, row))
-            if first_split != split:
-                faults.append(
-                    f"raw/{split} holds with {row['scan']} the voxels of {first['scan']} in "
-                    f"raw/{first_split}, and a test on training patients is no test: take one away"
-                )
-            elif first["patient"] != row["patient"]:
-                row["odd"].append(
-                    f"the voxels of {first['scan']} under another name, give both one patient in "
-                    "raw/patients.csv"
-                )
+            slices = {*row["values"].split()}
+            for first_split, first, others in seen:
+                if len(slices & others) <= COPIED * min(len(slices), len(others)):
+                    continue
+                if first_split != split:
+                    faults.append(
+                        f"raw/{split} holds with {row['scan']} the voxels of {first['scan']} in "
+                        f"raw/{first_split}, and a test on training patients is no test: take one "
+                        "away"
+                    )
+                elif first["patient"] != row["patient"]:
+                    row["odd"].append(
+                        f"the voxels of {first['scan']} under another name, give both one patient "
+                        "in raw/patients.csv"
+                    )
+                break
+            seen.append((split, row, slices))
     return faults
+
+
+def find_no_liver(rows: dict[str, list[dict]], sliced: list[str]) -> list[str]:
+    """Return a sentence if the training scans were sliced and not one of them holds liver."""
+    train = rows["train"] if "train" in sliced else []
+    if not train or any(row["with_liver"] for row in train):
+        return []
+    return [
+        "raw/train holds no liver to learn: check its masks, or say which label it is: --label N"
+    ]
 
 
 def report(split: str, rows: list[dict], size: int) -> None:

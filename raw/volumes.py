@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ import nibabel as nib
 import numpy as np
 import psutil
 from isal import igzip  # gzip, decompressed more than twice as fast
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import (
     apply_orientation,
     axcodes2ornt,
+    inv_ornt_aff,
     io_orientation,
     ornt_transform,
 )
@@ -152,6 +155,24 @@ def grid(scan: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(image.shape)[axes], nib.affines.voxel_sizes(image.affine)[axes]
 
 
+def apart_mm(image: nib.Nifti1Image, affine: np.ndarray) -> float:
+    """Return how far another affine puts a corner of an image off, 0 if it is but rounding."""
+    corners = list(product(*((0, n - 1) for n in image.shape[:3])))  # (8, x y z)
+    apart = np.abs(apply_affine(image.affine, corners) - apply_affine(affine, corners)).max()
+    return float(apart * (apart > AFFINE_TOLERANCE * voxel_sizes(image.affine).min()))
+
+
+def turn_onto(mask: nib.Nifti1Image, image: nib.Nifti1Image) -> np.ndarray | None:
+    """Return the orientation transform from a mask's axes to an image's if they share voxels.
+
+    None if they do not.
+    """
+    turn = ornt_transform(io_orientation(mask.affine), io_orientation(image.affine))
+    shape = tuple(np.array(mask.shape[:3])[np.argsort(turn[:, 0])])
+    turned = mask.affine @ inv_ornt_aff(turn, mask.shape[:3])
+    return None if shape != image.shape[:3] or apart_mm(image, turned) else turn
+
+
 def read_voxels(path: Path, fill: float) -> Volume:
     """Return a file's voxels; those that are NaN or infinite become `fill`, in the file's unit.
 
@@ -187,6 +208,11 @@ def read_image(path: Path) -> Volume:
     """Return a CT image. Raises ValueError if it is not in HU, as a share of its voxels tells."""
     image = read_voxels(path, AIR_HU)
     voxels, slope, inter, _ = image
+    if voxels.dtype.itemsize == 1 and slope == 1:
+        raise ValueError(
+            f"{named(path)} holds {voxels.dtype}, wanted Hounsfield units, which 8 bits cannot "
+            "hold: convert it again from DICOM"
+        )
     hu = sample(voxels) * slope + inter
     for what, (low, high, least, most) in HU_SHARES.items():
         share = np.count_nonzero((hu > low) & (hu <= high)) / hu.size
@@ -200,8 +226,8 @@ def read_image(path: Path) -> Volume:
     return image
 
 
-def read_liver(path: Path, label: str = "") -> Liver:
-    """Return the liver on the file's own grid.
+def read_liver(path: Path, label: str = "", scan: Path | None = None) -> Liver:
+    """Return the liver on the file's own grid, or along the axes of a scan of the same voxels.
 
     label : which one is the liver, a number or "all"; "" is for masks of 0 and one other value and
         for LiTS's, where 2 is tumour and liver too
@@ -221,12 +247,13 @@ def read_liver(path: Path, label: str = "") -> Liver:
     liver = mask.voxels > low
     if high < np.inf:
         liver &= mask.voxels < high
-    return Liver(liver, labels, mask.gaps)
+    turn = turn_onto(open_volume(path), open_volume(scan)) if scan else None
+    return Liver(liver if turn is None else apply_orientation(liver, turn), labels, mask.gaps)
 
 
-def read_mask(path: Path, label: str = "") -> np.ndarray:
+def read_mask(path: Path, label: str = "", scan: Path | None = None) -> np.ndarray:
     """Return the liver as `read_liver` does, (x, y, z) bool."""
-    return read_liver(path, label).voxels
+    return read_liver(path, label, scan).voxels
 
 
 def find_labels(path: Path, mask: Volume) -> list[float]:

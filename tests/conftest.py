@@ -98,10 +98,10 @@ def save(path, volume, affine=None, axes="LPS", dtype=None):
 def save_patient(folder, name="p1", shape=(32, 32, 6), mask=True, **options):
     """Write the hand-made patient as NAME_orig.nii.gz and NAME_liver.nii.gz.
 
-    The air above the first voxel differs in raw/test: the same voxels in both splits are refused.
+    The body differs by 1 HU in raw/test: the same slices in both splits are refused.
     """
     image, liver = body_and_liver(shape)
-    image[0, 0] -= folder.name == "test"
+    image[image == 40] += folder.name == "test"
     save(folder / f"{name}_orig.nii.gz", image, **options)
     if mask:
         save(folder / f"{name}_liver.nii.gz", liver, **options)

@@ -436,15 +436,31 @@ def organs():
     return mask
 
 
-@pytest.mark.parametrize(("label", "liver"), [("5", 300), ("6", 48), ("all", 396), ("2", 0)])
-def test_a_label_of_several_is_liver_when_it_is_said_which(root, label, liver, capsys):
+@pytest.mark.parametrize(("label", "liver"), [("5", 300), ("6", 48), ("all", 396)])
+def test_a_label_of_several_is_liver_when_it_is_said_which(root, label, liver):
     save_volumes(root, body_and_liver()[0], organs())
     _, masks, slices = sliced("train", 32, f"--label={label}")
     assert masks.sum() == liver and slices.label.unique().tolist() == [label]
-    odd = "p1: no liver in its mask, so all of its slices count as none\n"
-    assert (odd in capsys.readouterr().out) == (liver == 0)
     mask = volumes.read_mask(root / TRAIN_MASK, slices.label[0])
     assert mask.sum() == liver
+
+
+def test_a_label_that_no_mask_holds_is_refused(root):
+    save_volumes(root, body_and_liver()[0], organs())
+    with pytest.raises(SystemExit, match="^data.py: raw/train holds no liver .* --label N$"):
+        data.main(["--label", "2"])
+    assert not (root / "imgs_train.npy").exists()
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "SRA"])
+def test_a_mask_stored_along_other_axes_lies_where_its_affine_says(root, axes):
+    image, liver = body_and_liver()
+    save(root / TRAIN_IMAGE, image)
+    save(root / TRAIN_MASK, liver, axes=axes)
+    _, masks, slices = sliced("train", 32, "--mask-on-image-grid")  # which changes nothing here
+    np.testing.assert_array_equal(masks, upright_pictures()[1])
+    again = volumes.read_mask(root / TRAIN_MASK, "", slices.image[0])
+    np.testing.assert_array_equal(again, liver)
 
 
 def test_a_mask_lies_on_its_image_when_it_is_said_so(root, capsys):
@@ -461,7 +477,8 @@ def test_a_training_scan_without_liver_is_taken_and_said(root, capsys):
     _, masks, slices = sliced()
     assert slices.liver.tolist() == [0, 0, 1, 1, 1, 0] + [0] * 6 and not masks[6:].any()
     assert (
-        "p1: no liver in its mask, so all of its slices count as none\n" in capsys.readouterr().out
+        "p1: no liver in its mask of labels 0, so all of its slices count as none\n"
+        in capsys.readouterr().out
     )
 
 

@@ -115,6 +115,18 @@ def test_names_that_differ_only_in_how_unicode_spells_them_are_one(root):
     assert "of one patient, müller," in scans.find_scans(None)[1][0]
 
 
+def test_volumes_and_tables_where_none_is_looked_for_are_said(root, capsys):
+    touch(root, "test/p1_orig.nii", "p2_orig.nii.gz", "Train/set/p3_orig.nii", "patients.csv.txt")
+    touch(root, "test/a/b/c/p4_orig.nii", "README.md", "ircad.py")
+    assert len(found("test")["test"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" left out")[0] for line in said] == [
+        "raw/test/a/b/c/p4_orig.nii is",
+        "raw/p2_orig.nii.gz, patients.csv.txt are",
+        "raw/Train/set/p3_orig.nii is",
+    ]
+
+
 def test_no_test_scans_is_said(root, capsys):
     touch(root, "train/p1_orig.nii", "train/p1_liver.nii")
     assert found()["test"] == []
@@ -219,6 +231,22 @@ def test_a_scan_in_the_table_that_is_not_there_is_said(root, capsys):
     assert capsys.readouterr().out == "raw/patients.csv names scans that are not in raw/: c\n"
 
 
+def test_a_table_may_give_files_and_be_of_windows(root):
+    touch(root, "train/jörg1_orig.nii", "train/jörg2_orig.nii.gz")
+    lines = "scan,patient\r\njörg1_orig.nii,Jörg\r\njörg2_liver.nii.gz,Jörg\r\n"
+    (root / "raw/patients.csv").write_bytes(lines.encode("cp1252"))
+    assert [row[1] for row in found()["train"]] == ["Jörg", "Jörg"]
+
+
+def test_a_table_of_no_scan_that_is_there_is_refused(root):
+    touch(root, "train/a_orig.nii", "test/b_orig.nii")
+    patients(root, "scan,patient", "case_a,A", "case_b,A")
+    (fault,) = scans.find_scans(None)[1]
+    assert fault == (
+        "raw/patients.csv names scans that are not in raw/: case_a, case_b; wanted names like a, b"
+    )
+
+
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
@@ -315,6 +343,14 @@ ODD_HEADERS = {
         ["its sform and qform put a voxel 62 mm apart, the sform is taken"],
     ),
     "rounded": (header(qform_affine=moved(0.05)), []),
+    "in metres": (
+        header(np.diag([-0.001, -0.001, 0.002, 1])),
+        ["its slices are 0.032 mm wide, wanted 20 to 2000"],
+    ),
+    "askew": (
+        header(np.array([[-1, 0, 0, 0], [0, -0.8, -1.2, 0], [0, -0.6, 1.6, 0], [0, 0, 0, 1]])),
+        ["it lies 37 degrees askew, so that no slice is axial"],  # its tangent is 3 / 4
+    ),
     "other sizes": (
         header(qform=0, zooms=(0.7, 0.7, 5)),
         ["its header gives voxels of 0.7 x 0.7 x 5 mm and its sform of 1 x 1 x 2, the sform is"],
@@ -379,12 +415,17 @@ ODD_LIVERS = {
     "none": (
         LPS,
         lambda image, liver: liver.fill(0),
-        ["no liver in its mask, so all of its slices count as none"],
+        ["no liver in its mask of labels 0, so all of its slices count as none"],
     ),
     "fat": (
         np.diag([-10.0, -10.0, 20.0, 1.0]),
         lambda image, liver: image.__setitem__(liver == 1, -20),
         ["a liver of -20 HU, wanted 0 to 250"],
+    ),
+    "of another scan": (
+        np.diag([-10.0, -10.0, 20.0, 1.0]),
+        lambda image, liver: image.__setitem__(np.s_[4:14, 6:7, 2:5], -500),  # 30 of 300 voxels
+        ["10% of its liver are air or fat, as if the mask were not this scan's or lay on other a"],
     ),
     "mirrored": (
         np.diag([10.0, -10.0, 20.0, 1.0]),
@@ -399,7 +440,8 @@ def test_a_liver_that_can_hardly_be_is_said(root, case):
     affine, change, odd = ODD_LIVERS[case]
     image, liver = body_and_liver()
     change(image, liver)
-    assert measured(root, image, liver, affine)["odd"] == odd
+    found = measured(root, image, liver, affine)["odd"]
+    assert [said[: len(wanted)] for said, wanted in zip(found, odd, strict=True)] == odd
 
 
 def test_a_liver_in_the_middle_is_on_no_side(root):
@@ -421,6 +463,13 @@ def test_voxels_without_a_number_are_said(root):
     ]
 
 
+def thick(slices=24):
+    """Return the hand-made CT in many slices, no two of them alike."""
+    image = body_and_liver((32, 32, slices))[0]
+    image[5, 25] = np.arange(slices)  # HU
+    return image
+
+
 def row_of(root, image, name="a", patient=None, **options):
     row = measured(root, image, None, **options)
     return row | {"scan": name, "patient": patient or name}
@@ -432,21 +481,25 @@ COPIES = {
     "with another header": lambda image: {"image": image, "affine": np.eye(4)},
     "mirrored": lambda image: {"image": image[::-1]},
     "as fractions": lambda image: {"image": image + np.float32(0.02)},
+    "padded": lambda image: {"image": np.where(image < -900, -1024, image)},
+    "clipped": lambda image: {"image": image.clip(-160, 240)},
+    "less five slices": lambda image: {"image": image[..., 2:-3]},
+    "less the air around it": lambda image: {"image": image[1:-1, 2:-2]},
 }
 
 
 @pytest.mark.parametrize("case", COPIES)
 def test_one_scan_in_both_splits_is_found_whatever_its_name_and_axes(root, case):
-    one = row_of(root, body_and_liver()[0], "x1")
-    other = row_of(root, name="x2", **COPIES[case](body_and_liver()[0]))
+    one = row_of(root, thick(), "x1")
+    other = row_of(root, name="x2", **COPIES[case](thick()))
     (fault,) = scans.find_copies({"train": [one], "test": [other]})
     assert fault.startswith("raw/test holds with x2 the voxels of x1 in raw/train, and a test on")
 
 
-def test_scans_that_differ_in_a_voxel_are_two(root):
-    image = body_and_liver()[0]
+def test_scans_of_which_most_slices_differ_in_a_voxel_are_two(root):
+    image = thick()
     one = row_of(root, image, "x1")
-    image[9, 9, 3] += 1
+    image[9, 9, :16] += 1
     other = row_of(root, image, "x2")
     assert scans.find_copies({"train": [one], "test": [other]}) == []
     assert one["odd"] == other["odd"] == []

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import OBLIQUE, body_and_liver, save, save_patient
-from mpl_toolkits.mplot3d import proj3d
+from scipy import ndimage
 
 import data
 from raw import volumes
@@ -247,9 +247,8 @@ def test_the_planes_show_right_on_the_left_and_the_front_and_the_head_on_top(dra
 
 def silhouette(axes):
     """Return where the liver's surface is seen on the screen, (points, 2), right and up, pixels."""
-    points = axes.collections[0]._faces.reshape(-1, 3)  # x, y, z
-    seen = proj3d.proj_transform(*points.T, axes.get_proj())[:2]
-    return axes.transData.transform(np.transpose(seen))
+    rows, columns = np.nonzero(axes.images[0].get_array()[..., 3])
+    return axes.transData.transform(np.column_stack([columns, rows]))
 
 
 def test_the_proportions_are_those_in_mm(draw):
@@ -278,8 +277,19 @@ def test_the_surface_is_seen_from_the_front_and_from_the_patients_right(draw):
 def test_what_lies_outside_the_reference_is_red_and_what_lies_inside_is_blue(draw):
     for radius_mm, redder in ((26, True), (14, False)):
         for axes in draw(ball(radius_mm), ball(20))[3:5]:
-            red, _, blue, _ = axes.collections[0].get_facecolor().mean(axis=0)
+            picture = axes.images[0].get_array()
+            red, _, blue = picture[picture[..., 3] > 0, :3].mean(axis=0)
             assert (red > 1.3 * blue) == redder and (blue > 1.3 * red) != redder
+
+
+def test_the_distance_of_the_surface_is_in_mm_and_light_comes_from_above_front_and_right(notebook):
+    for radius_mm in (26, 14):
+        solid, lit, away_mm = notebook.find_surface([ball(radius_mm), ball(20)], SPACING_MM)
+        edge = solid & ~ndimage.binary_erosion(solid)
+        assert away_mm[edge].mean() == pytest.approx(radius_mm - 20, abs=1.5)
+        slices, rows, columns = np.indices(solid.shape) - np.reshape(solid.shape, (3, 1, 1, 1)) // 2
+        for is_lit in (slices > 0, rows < 0, columns < 0):
+            assert lit[edge & is_lit].mean() > lit[edge & ~is_lit].mean()
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,13 @@ def nifti(volume):
     return packed.getvalue()
 
 
-def subject(slices=slice(2, 5), air=-1000):
+def subject(slices=slice(2, 5), body=40):
     """Return the files of a subject whose liver is in these slices of six.
 
-    air : HU of the first voxel, by which a scan differs from another
+    body : HU, by which a scan differs from another
     """
     image, liver = body_and_liver()
-    image[0, 0, 0] = air
+    image[image == 40] = body
     mask = np.zeros_like(liver)
     mask[:, :, slices] = liver[:, :, 2:3]
     return {
@@ -68,7 +68,7 @@ SUBJECTS = {  # five with a whole liver
     "s0223": subject(slice(3, 6)),
     "s0310": subject(slice(1, 5)),
     "s0311": subject(slice(0, 0)),
-    "s0440": subject(air=-999),
+    "s0440": subject(body=41),
     "s1320": subject(),
 }
 

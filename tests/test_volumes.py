@@ -166,6 +166,10 @@ NOT_HU = {
     "all below zero": (body_and_liver()[0] - 2000, "holds values from -3000 to -1300, wanted"),
     "too little fat": (organs(0.009), "holds values from -500 to 60, .* and not 0.9%"),
     "too little organ": (organs(0.992), "holds values from -500 to 60, .* organs .* not 0.8%"),
+    "wrapped into 8 bits": (
+        body_and_liver()[0].astype(np.int8),  # air is 24
+        "holds int8, wanted Hounsfield units, which 8 bits cannot hold",
+    ),
     "too much bone": (organs(0.7, above=700), "holds values .* organs .* not 0%"),
 }
 
