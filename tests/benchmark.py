@@ -1,11 +1,10 @@
-"""Print the speed and memory of data.py, of training and of the export as ratios, side by side.
+"""Print the speed and memory of slicing, training and prediction as ratios, side by side.
 
-    python tests/benchmark.py --volumes 8 --repeats 5
+    python tests/benchmark.py --only prediction resuming        a minute or two each
     python tests/benchmark.py --only training --slices 500      an epoch of them, where a GPU is
 
 Volumes are synthetic, 512 x 512 x 130 int16 with a mask, gzipped as scanners' NIfTI files are.
-Each figure is the median of whole processes, imports included, that take turns. The export of
-a large scan is measured in this process and compared with its prediction by the default U-net.
+Times of scripts are medians of whole processes, imports included, that take turns.
 """
 
 import argparse
@@ -152,33 +151,37 @@ def write_prediction(folder: Path) -> None:
     np.save(folder / "probabilities.npy", probabilities.astype(np.float16))
 
 
-def measure_export(folder: Path, repeats: int) -> None:
-    """Print the time of exporting a large scan over that of its prediction, and its memory."""
-    with ProcessPoolExecutor(1) as pool:  # this one's peak memory is to be the export's
-        pool.submit(write_prediction, folder).result()
-    from conftest import load_notebook  # here, because Keras takes seconds and threads to import
+def measure_prediction(repeats: int) -> None:
+    """Print the time of a large scan's prediction, and that of its mask over it, and its memory."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with ProcessPoolExecutor(1) as pool:  # this one's peak memory is to be the mask's
+            pool.submit(write_prediction, folder).result()
+        from conftest import load_notebook  # here, because Keras takes seconds to import
 
-    notebook = load_notebook()
-    import data
+        notebook = load_notebook()
+        import data
 
-    probabilities = np.load(folder / "probabilities.npy", mmap_mode="r")
-    scan, own, exports = folder / "scan_orig.nii", peak_mib(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mask = notebook.make_mask(np.asarray(probabilities), scan, 5)
-        data.write_mask(folder / "scan_liver.nii.gz", mask, scan)
-        exports.append(time.perf_counter() - start)
-    export, more = statistics.median(exports), peak_mib() - own
-    model = notebook.unet(256, 32, 128.0, 64.0)
-    notebook.compute_in(model, notebook.choose_precision("auto"))
-    slices = np.zeros((40, 256, 256, 1), np.uint8)
-    model.predict(slices, batch_size=10, verbose=0)  # the first time builds the graph
-    start = time.perf_counter()
-    model.predict(slices, batch_size=10, verbose=0)
-    prediction = (time.perf_counter() - start) / 40 * LARGE[2]
+        probabilities = np.load(folder / "probabilities.npy", mmap_mode="r")
+        scan, own, exports = folder / "scan_orig.nii", peak_mib(), []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            mask = notebook.make_mask(np.asarray(probabilities), scan, 5)
+            data.write_mask(folder / "scan_liver.nii.gz", mask, scan)
+            exports.append(time.perf_counter() - start)
+        export, more = statistics.median(exports), peak_mib() - own
+        model = notebook.unet(256, 16, 128.0, 64.0)
+        notebook.compute_in(model, notebook.choose_precision("auto"))
+        slices, predictions = np.zeros((LARGE[2], 256, 256), np.uint8), []
+        for _ in range(1 + repeats):  # the first time builds the graph
+            start, numbers = time.perf_counter(), {"scan": np.arange(LARGE[2])}
+            notebook.predict_slices(model, slices, numbers, 10, folder / "predicted.npy")
+            predictions.append(time.perf_counter() - start)
+    prediction = statistics.median(predictions[1:])
     print(
-        f"export of {LARGE}: median {export:.2f} s, {export / prediction:.3f} times its prediction "
-        f"in {model.layers[1].dtype_policy.name}, {more:.0f} MiB over the process's own"
+        f"a scan of {LARGE} in {model.layers[1].dtype_policy.name}: predicted in "
+        f"{prediction:.1f} s (the first time {predictions[0] / prediction:.2f} times that), its "
+        f"mask takes {export / prediction:.2f} times as long, {more:.0f} MiB, n = {repeats}"
     )
 
 
@@ -197,10 +200,10 @@ def time_epoch(model, batches) -> float:
 def compare_training(repeats: int, slices: int) -> None:
     """Print the time of an epoch over the tutorial's, and how much of it is reading.
 
-    The tutorial's is that of its network, with Adam, on slices as they are, in the same precision
-    and batches of 10 like ours. Slices come from memory; at hand are those that were read and
-    augmented before. With few slices reading hardly overlaps learning, so its share is an upper
-    bound.
+    The tutorial's is that of its network, with 32 filters and Adam, on slices as they are, in the
+    same precision and batches of 10 like ours. Slices come from memory; at hand are those that were
+    read and augmented before. With few slices reading hardly overlaps learning, so its share is an
+    upper bound.
     """
     import keras
     from conftest import load_notebook
@@ -221,7 +224,7 @@ def compare_training(repeats: int, slices: int) -> None:
     imgs = random.integers(0, 256, (slices, 256, 256), np.uint8)
 
     def model_of(ours: bool):
-        model = notebook.unet(256, 32, 128.0, 64.0, normalize=ours)
+        model = notebook.unet(256, 16 if ours else 32, 128.0, 64.0, normalize=ours)
         notebook.compute_in(model, policy)
         optimizer = notebook.Muon(1e-3, model.layers[1].compute_dtype) if ours else "adam"
         model.compile(optimizer, notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
@@ -260,27 +263,156 @@ def compare_training(repeats: int, slices: int) -> None:
     )
 
 
+def write_slices(folder: Path) -> None:
+    """Write the slices of three synthetic patients, 128 x 128, into a folder."""
+    (folder / "raw").mkdir()
+    for name in ("data.py", "raw/volumes.py", "raw/scans.py", "raw/phantom.py"):
+        shutil.copy(REPO / name, folder / name)
+    run([sys.executable, "raw/phantom.py", "--train", "3", "--test", "0"], folder)
+    run([sys.executable, "data.py", "--size", "128"], folder)
+
+
+def fit_to_dice(notebook, imgs, masks, held, begun: bool, ours: bool, most=5, wanted=0.93):
+    """Return the seconds and epochs of training up to a Dice of the slices held out, and it."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    mean, deviation = float(imgs[~held].mean()), float(imgs[~held].std())
+    model = notebook.unet(128, 16 if ours else 32, mean, deviation, normalize=ours)
+    model = notebook.begin_with(REPO / "preds/synthetic.keras", model) if begun else model
+    notebook.compute_in(model, notebook.choose_precision("auto"))
+    numbers = np.flatnonzero(~held), np.flatnonzero(held)
+    batches = notebook.Batches(imgs, masks, numbers[0], 10, 0, notebook.augment if ours else None)
+    validation = notebook.Batches(imgs, masks, numbers[1], 10)
+    optimizer = keras.optimizers.Adam(1e-3)
+    if ours:
+        rate = notebook.learning_rate(1e-3, most * len(batches))
+        optimizer = notebook.Muon(rate, model.layers[1].compute_dtype)
+    loss = notebook.dice_and_cross_entropy if ours else notebook.dice_loss
+    model.compile(optimizer, loss, metrics=[notebook.Dice()])
+    start, found = time.perf_counter(), []
+    options = {"epochs": 1, "validation_data": validation, "shuffle": False, "verbose": 0}
+    while max(found, default=0) < wanted and len(found) < most:
+        found += model.fit(batches, **options).history["val_dice"]
+    return time.perf_counter() - start, len(found), found[-1]
+
+
+def compare_dice(folder: Path) -> None:
+    """Print how long a Dice of 0.93 takes on a synthetic patient held out, in three ways."""
+    from conftest import load_notebook
+
+    write_slices(folder)
+    notebook = load_notebook()
+    imgs, masks = (np.load(folder / f"{name}_train.npy") for name in ("imgs", "masks"))
+    patients = pd.read_csv(folder / "slices_train.csv").patient
+    held = (patients == patients.iloc[-1]).to_numpy()
+    for name, ways in {
+        "begun with preds/synthetic.keras": (True, True),
+        "from scratch": (False, True),
+        "the tutorial's, repaired": (False, False),
+    }.items():
+        seconds, epochs, found = fit_to_dice(notebook, imgs, masks, held, *ways)
+        print(f"{name}: a validation Dice of {found:.3f} after {epochs} epochs, {seconds:.0f} s")
+
+
+def measure_resuming(folder: Path, repeats: int) -> None:
+    """Print how long keeping a training takes after an epoch, and going on, in steps of it."""
+    from conftest import load_notebook
+
+    notebook = load_notebook()
+    model = notebook.unet(256, 16, 128.0, 64.0)
+    notebook.compute_in(model, notebook.choose_precision("auto"))
+    model.compile(notebook.Muon(1e-3), notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
+    imgs = np.zeros((10, 256, 256, 1), np.uint8)
+    progress = notebook.Progress(model, folder / "training.npz", {}, "loss")
+    times: dict[str, list[float]] = {"step": [], "keeping": [], "going on": []}
+    model.train_on_batch(imgs, imgs)  # the first time builds the graph
+    for epoch in range(repeats):
+        for name, work in {
+            "step": lambda: model.train_on_batch(imgs, imgs),
+            "keeping": lambda epoch=epoch: progress.on_epoch_end(epoch, {"loss": 1 / (1 + epoch)}),
+            "going on": progress.resume,
+        }.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    step, keeping, going_on = (statistics.median(of) for of in times.values())
+    size = (folder / "training.npz").stat().st_size / 1e6
+    print(
+        f"keeping a training takes {keeping / step:.2f} steps of it an epoch, {size:.0f} MB, going "
+        f"on {going_on / step:.2f}; n = {repeats}"
+    )
+
+
+ON_DEVICES = """
+import time, numpy as np, keras
+from conftest import load_notebook
+count = len(keras.distribution.list_devices())
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+notebook = load_notebook()
+imgs = np.random.default_rng(0).integers(0, 256, (80, 128, 128), np.uint8)
+model = notebook.unet(128, 16, 128.0, 64.0)
+model.compile(notebook.Muon(1e-3), notebook.dice_and_cross_entropy, metrics=[notebook.Dice()])
+batches = notebook.Batches(imgs, imgs // 128, range(80), 8, 0, None, count)
+for _ in range(3):
+    start = time.perf_counter()
+    model.fit(batches, shuffle=False, verbose=0)
+print(time.perf_counter() - start)
+"""
+
+
+def compare_devices(repeats: int) -> None:
+    """Print an epoch's time on four simulated devices of JAX over that on one, in turn."""
+    ratios = []
+    for _ in range(repeats):
+        seconds = []
+        for count in (4, 1):
+            environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={count}"
+            command = [sys.executable, "-c", ON_DEVICES]
+            options = {"cwd": REPO / "tests", "env": environment, "check": True}
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, **options).stdout
+            seconds.append(float(said.split()[-1]))
+        ratios.append(seconds[0] / seconds[1])
+    print(
+        f"an epoch on four simulated devices of JAX over one: median "
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {repeats})"
+    )
+
+
+def compare_volumes(folder: Path, options: argparse.Namespace) -> None:
+    """Print data.py's time beside others' on some volumes, and its peak memory on 2 and on 16."""
+    place = workplace(folder / "time", options.volumes)
+    print(f"{options.volumes} volumes of {SHAPE}, {options.workers} workers")
+    compare_times(place, options.workers, options.repeats)
+    for volumes in (2, 16):
+        command = [sys.executable, "data.py", "--workers", str(options.workers)]
+        peak = run(command, workplace(folder / f"{volumes}", volumes))[1]
+        print(f"peak memory with {volumes} volumes: {peak:.0f} MiB")
+
+
+SECTIONS = {
+    "volumes": compare_volumes,
+    "prediction": lambda folder, options: measure_prediction(options.repeats),
+    "training": lambda folder, options: compare_training(options.repeats, options.slices),
+    "dice": lambda folder, options: compare_dice(folder),
+    "resuming": lambda folder, options: measure_resuming(folder, options.repeats),
+    "devices": lambda folder, options: compare_devices(options.repeats),
+}
+
+
 def main() -> None:
-    """Compare times on some volumes, peak memory on 2 and on 16, and epochs of training."""
+    """Print the sections that are asked for, all but "devices", which needs JAX, by default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--volumes", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--slices", type=int, default=20, help="of an epoch of training")
-    parser.add_argument("--only", choices=("volumes", "training"), help="measure this alone")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", help="print these alone")
     options = parser.parse_args()
-    if options.only != "training":
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = workplace(Path(temporary) / "time", options.volumes)
-            print(f"{options.volumes} volumes of {SHAPE}, {options.workers} workers")
-            compare_times(folder, options.workers, options.repeats)
-            for volumes in (2, 16):
-                folder = workplace(Path(temporary) / f"{volumes}", volumes)
-                command = [sys.executable, "data.py", "--workers", str(options.workers)]
-                print(f"peak memory with {volumes} volumes: {run(command, folder)[1]:.0f} MiB")
-            measure_export(Path(temporary), options.repeats)
-    if options.only != "volumes":
-        compare_training(options.repeats, options.slices)
+    for name in options.only or [name for name in SECTIONS if name != "devices"]:
+        with tempfile.TemporaryDirectory() as folder:
+            SECTIONS[name](Path(folder), options)
 
 
 if __name__ == "__main__":

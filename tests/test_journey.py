@@ -247,6 +247,7 @@ for cell in json.load(open("train.ipynb", encoding="utf-8"))["cells"]:
 def test_four_devices_of_jax_train_and_predict_as_one_does(copied):
     # Without Muon, which makes 2e-4 of a last digit: so do the same slices in another order.
     folder, _ = copied
+    run(folder, "data.py", "--size", "64")
     found = {}
     for devices in (1, 4):
         hidden = {"PYTEST_CURRENT_TEST", "KERAS_BACKEND"}
