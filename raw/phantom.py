@@ -2,10 +2,9 @@
 
 Writes phantom_01_orig.nii.gz (int16, HU) and phantom_01_liver.nii.gz (uint8, 0 or 1) and so on,
 numbered on from train to test, so that `python data.py` and train.ipynb run without any download.
-Shapes, textures and values are drawn by formula and by chance, none is taken from a patient's scan:
-a network may learn from them and be passed on. Sizes, places, densities, diseases and the scanner
-differ from patient to patient by more than they do in life, so that a network learns what a liver
-is. Files that this script did not make are never touched.
+All is drawn by formula and by chance, nothing is taken from a patient's scan, so that a network may
+learn from it and be passed on. Patients, diseases and scanners differ by more than they do in life.
+Files that this script did not make are never touched.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count, pairwise, product, repeat
 from pathlib import Path
 
@@ -118,13 +118,16 @@ SOLID_ORGANS = {  # organ: tissue, in the order of painting
     "right kidney": "kidney cortex",
     "left kidney": "kidney cortex",
 }
-TUBES = {  # radius, then the points it runs through
-    "pancreas": [(12, (-22, 14, -118), (20, 8, -108), (76, -22, -92))],
+TUBES = {  # radius, start and end of each piece
+    "pancreas": [
+        (12, (-22, 14, -118), (20, 8, -108)),
+        (12, (20, 8, -108), (76, -22, -92)),
+    ],
     "aorta": [(10.5, (14, -26, 60), (10, -22, -260))],
     "portal trunk": [(6.5, (-4, 2, -108), (-34, 6, -82))],
     "vena cava": [(12, (-24, -10, 20), (-23, -18, -260))],
 }
-LIVER_TUBES = {
+LIVER_TUBES = {  # radius, then the points it runs through
     "portal branch": [
         (6, (-4, 2, -108), (-34, 6, -82), (-62, -4, -80)),
         (4, (-62, -4, -80), (-100, -30, -62), (-116, -36, -46)),
@@ -229,11 +232,6 @@ def grow(rng: np.random.Generator, start, way, radius: float) -> Iterator[tuple]
             yield from grow(rng, end, bend / np.linalg.norm(bend), radius * share)
 
 
-def segments(paths: list[tuple]) -> list[tuple]:
-    """Cut paths into straight pieces (radius, start, end)."""
-    return [(radius, *piece) for radius, *points in paths for piece in pairwise(points)]
-
-
 def smooth_noise(axes_mm: list, wavelength_mm: float, amplitude: float, rng) -> np.ndarray:
     """Return a random field as a sum of standing waves, (x, y, z) float32.
 
@@ -319,10 +317,9 @@ def paint_trunk(canvas: Canvas) -> None:
 
 
 def paint_arms(canvas: Canvas) -> None:
-    """Paint both arms beside the body, as they lie if they cannot be lifted."""
-    x, y = (axis[:, None, None] for axis in canvas.axes[:2])
-    y = y.reshape(1, -1, 1)
-    for side in (-1, 1):
+    """Paint both arms beside the body of one patient in eight, who cannot lift them."""
+    x, y = canvas.axes[0][:, None, None], canvas.axes[1][None, :, None]
+    for side in (-1, 1) if canvas.rng.uniform() < 0.12 else ():
         middle = side * (canvas.trunk[0] + canvas.fat_mm + canvas.rng.uniform(40, 60))
         arm = np.hypot(x - middle, y + canvas.rng.uniform(-10, 40)) + 0 * canvas.depth
         for tissue, radius in {"skin": 42, "fat": 40, "muscle": 34, "cortical bone": 11}.items():
@@ -386,7 +383,7 @@ def paint_hollow(canvas: Canvas, shape, wall_mm: float, gas, box: tuple, content
 
 def stomach(canvas: Canvas, points: np.ndarray) -> np.ndarray:
     """Return roughly the distance in mm to the stomach, negative inside."""
-    parts = ("stomach fundus", "stomach body", "stomach antrum")
+    parts = (f"stomach {part}" for part in ("fundus", "body", "antrum"))
     fundus, body, antrum = (ellipsoid(points, *canvas.organs[part]) for part in parts)
     return join(join(fundus, body, 25), antrum, 18)
 
@@ -399,7 +396,7 @@ def paint_organs(canvas: Canvas) -> None:
     shape = cut(shape, canvas.depth[box] + 2, 4)
     paint_hollow(canvas, shape, canvas.rng.uniform(2, 6), gas, box, "stomach content")
     for tissue, paths in TUBES.items():
-        canvas.paint_tubes(tissue, segments(paths))
+        canvas.paint_tubes(tissue, paths)
     for name, tissue in SOLID_ORGANS.items():
         box, points = canvas.look_at(*canvas.organs[name][:2])
         limit = 2 - canvas.above[box] if "heart" in name else canvas.above[box] + 3.5
@@ -430,7 +427,7 @@ def liver_shape(canvas: Canvas, box: tuple, points: np.ndarray) -> np.ndarray:
     liver = cut(liver, canvas.above[box] + 2, 4)
     neighbours = [canvas.depth[box], -stomach(canvas, points)]
     vessels = TUBES["vena cava"] + TUBES["aorta"]
-    neighbours += [radius - tube(points, start, end) for radius, start, end in segments(vessels)]
+    neighbours += [radius - tube(points, start, end) for radius, start, end in vessels]
     for name in ("right kidney", "gallbladder", "spleen"):
         neighbours.append(-ellipsoid(points, *canvas.organs[name]))
     neighbours += [38 - np.hypot(x, y + 62), 22 - np.hypot(x + 6, y + 34)]  # spine and crura
@@ -502,13 +499,8 @@ def paint_liver(canvas: Canvas, lesion: str) -> None:
 def draw_labels(axes_mm: list[np.ndarray], lesion: str, rng) -> np.ndarray:
     """Return the tissues of one patient, (x, y, z) uint8, values of LABEL."""
     canvas = Canvas(axes_mm, rng)
-    paint_trunk(canvas)
-    if rng.uniform() < 0.12:
-        paint_arms(canvas)
-    paint_ribs(canvas)
-    paint_spine(canvas)
-    paint_bowel(canvas)
-    paint_organs(canvas)
+    for paint in (paint_trunk, paint_arms, paint_ribs, paint_spine, paint_bowel, paint_organs):
+        paint(canvas)
     paint_liver(canvas, lesion)
     return canvas.labels
 
@@ -636,25 +628,21 @@ def patient_kind(number: int) -> tuple[str, str, str]:
     return tuple(kinds[(number - 1) % len(kinds)] for kinds in (PHASES, LESIONS, STORED_AXES))
 
 
-def is_own(path: Path) -> bool:
-    """Say whether this script wrote the file: name and NIfTI header must both tell so."""
-    try:
-        own_name = OWN_NAME.fullmatch(path.name)
-        return bool(own_name) and open_volume(path).header["descrip"].item() == MARK
-    except ValueError:  # no NIfTI, or broken: somebody else's
-        return False
-
-
 def find_own(folders: list[Path]) -> list[Path]:
-    """Return the phantom files in the folders. Raises ValueError if there are other scans."""
+    """Return this script's files in the folders, as name and NIfTI header tell.
+
+    Raises ValueError if there are other scans.
+    """
     files = sorted(path for folder in folders for path in folder.glob("[!.]*"))
     scans = [path for path in files if path.name.lower().endswith((".nii", ".nii.gz"))]
     for path in scans:
-        if not is_own(path):
-            raise ValueError(
-                f"{named(path)} was not made by this script, which wants folders without other "
-                "scans: move it away first, or keep it and run `python data.py`"
-            )
+        with suppress(ValueError):  # no NIfTI, or broken: somebody else's
+            if OWN_NAME.fullmatch(path.name) and open_volume(path).header["descrip"] == MARK:
+                continue
+        raise ValueError(
+            f"{named(path)} was not made by this script, which wants folders without other scans: "
+            "move it away first, or keep it and run `python data.py`"
+        )
     return scans
 
 
@@ -681,7 +669,7 @@ def write_patient(folder: Path, number: int, matrix: int, seed: int) -> dict[str
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line; a bad option ends with one sentence."""
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=int, default=6, help="patients in raw/train (6)")
     parser.add_argument("--test", type=int, default=2, help="patients in raw/test (2)")
