@@ -167,8 +167,11 @@ def read_patients() -> dict[str, str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", "replace")  # as Excel saves it on Windows
-    lines = csv.reader(text.splitlines())
-    rows = [[field.strip() for field in row] for row in lines if any(row)] or [[]]
+    lines = text.splitlines() or [""]
+    table = csv.reader(
+        lines, delimiter=";" if ";" in lines[0] else ","
+    )  # Excel's in much of Europe
+    rows = [[field.strip() for field in row] for row in table if any(row)] or [[]]
     if not {"scan", "patient"} <= {*rows[0]}:
         raise ValueError(f"{named(path)} begins with {rows[0]}, wanted the line scan,patient")
     owners, spelled = {}, {}

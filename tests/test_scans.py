@@ -233,7 +233,7 @@ def test_a_scan_in_the_table_that_is_not_there_is_said(root, capsys):
 
 def test_a_table_may_give_files_and_be_of_windows(root):
     touch(root, "train/jörg1_orig.nii", "train/jörg2_orig.nii.gz")
-    lines = "scan,patient\r\njörg1_orig.nii,Jörg\r\njörg2_liver.nii.gz,Jörg\r\n"
+    lines = "scan;patient\r\njörg1_orig.nii;Jörg\r\njörg2_liver.nii.gz;Jörg\r\n"
     (root / "raw/patients.csv").write_bytes(lines.encode("cp1252"))
     assert [row[1] for row in found()["train"]] == ["Jörg", "Jörg"]
 
@@ -251,7 +251,7 @@ def test_a_table_of_no_scan_that_is_there_is_refused(root):
     ("lines", "sentence"),
     [
         ([""], "begins with [], wanted the line scan,patient"),
-        (["scan;patient", "a;A"], "begins with ['scan;patient'], wanted the line scan,patient"),
+        (["scan\tpatient", "a\tA"], "begins with ['scan\\tpatient'], wanted the line scan,patient"),
         (["patient", "A"], "begins with ['patient'], wanted"),
         (["scan,patient", "a,A", "b"], "says b in row 3, wanted a scan and its patient"),
         (["scan,patient", "a,"], "says a, in row 2, wanted a scan and its patient"),
