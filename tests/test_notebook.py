@@ -580,6 +580,10 @@ def train(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "preds").mkdir()
 
+    class OneBatch(list):
+        def begin_epoch(self, epoch):
+            pass
+
     def run_the_cell(losses, decay=True, watched="val_loss"):
         (tmp_path / "preds" / "unet.keras").write_bytes(b"trained all night")
         network = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
@@ -602,7 +606,7 @@ def train(notebook, tmp_path, monkeypatch):
         names |= {"MODEL": "preds/unet.keras", "model": model, "network": network}
         names["parameters"] = {name: names[name] for name in ("EPOCHS", "DECAY", "PRECISION")}
         names["parameters"]["START"], names["policy"] = "", "float32"
-        names["batches"] = types.SimpleNamespace(begin_epoch=lambda epoch: None)
+        names["batches"] = OneBatch([(np.ones((1, 1)), np.ones((1, 1)))])
         names["validation"] = ["batch"] if watched == "val_loss" else []
         names["train"] = data.Slices(np.zeros(3), np.zeros(3), None)
         names["train_numbers"] = names["validation_numbers"] = np.arange(3)
