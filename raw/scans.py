@@ -52,8 +52,9 @@ LIVER_ML = (200, 4000)
 FIELD_MM = (20, 2000)
 MOST_ASKEW = 25  # degrees
 MOST_FAT = 0.05  # of a liver's voxels, how many may be air or fat
-COPIED = 0.5  # of two scans' slices; that many in common make them one
-SHOWN_SLICES = 16  # by which a scan is known
+SOFT_HU = (-99, 200)  # within any window that a copy may have been clipped to
+SIGNATURE = 16  # slices by which a scan is known again
+COPIED = 0.5  # of the signature; more in common makes two scans one
 LIVER_HU = (0, 250)  # the median: from a fatty liver to one full of contrast medium
 SIDE = 0.02  # of the width of the volume: what lies closer to the body's middle is on no side
 COLUMNS = ("scan", "patient", "voxels", "spacing_mm", "axes", "labels", "liver_ml", "liver_hu")
@@ -168,9 +169,8 @@ def read_patients() -> dict[str, str]:
     except UnicodeDecodeError:
         text = content.decode("cp1252", "replace")  # as Excel saves it on Windows
     lines = text.splitlines() or [""]
-    table = csv.reader(
-        lines, delimiter=";" if ";" in lines[0] else ","
-    )  # Excel's in much of Europe
+    comma = ";" if ";" in lines[0] else ","  # Excel's in much of Europe
+    table = csv.reader(lines, delimiter=comma)
     rows = [[field.strip() for field in row] for row in table if any(row)] or [[]]
     if not {"scan", "patient"} <= {*rows[0]}:
         raise ValueError(f"{named(path)} begins with {rows[0]}, wanted the line scan,patient")
@@ -344,7 +344,7 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
         "axes": "".join(nib.aff2axcodes(affine)),
         "labels": labels,
         "odd": odd + [f"{image.gaps} voxels hold no number, they are air now"] * (image.gaps > 0),
-        "values": " ".join(sorted(slices)[:SHOWN_SLICES]),
+        "values": " ".join(sorted(slices)[:SIGNATURE]),
     }
     if liver is None:
         return row
@@ -376,12 +376,13 @@ def histograms(image: Volume, liver: Liver | None, scan: Path) -> tuple[np.ndarr
     neither axes nor header, file type, padding or clipping can hide a copy.
     """
     counts, names = np.zeros(2**16, np.int64), set()
+    low, high = (2**15 + hu for hu in SOFT_HU)
     planes = upright(image.voxels, scan)  # slice by slice, for the memory
     livers = repeat(None) if liver is None else upright(liver.voxels, scan)
     for plane, inside in zip(planes, livers, strict=False):
         hu = np.rint(plane.astype(np.float32) * image.slope + image.inter)
         bins = (hu.clip(-(2**15), 2**15 - 1) + 2**15).astype(np.intp)
-        soft = np.bincount(bins.ravel(order="K"), minlength=2**16)[2**15 - 99 : 2**15 + 200]
+        soft = np.bincount(bins.ravel(order="K"), minlength=2**16)[low:high]
         if soft.any():
             names.add(hashlib.blake2b(soft.tobytes(), digest_size=8).hexdigest())
         if inside is not None and inside.any():
