@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -229,8 +230,8 @@ def test_a_training_begins_where_the_model_that_it_starts_from_ended(copied):
         execute(folder, EPOCHS=1, **start | {"FILTERS": 4})
 
 
-ON_FOUR_DEVICES = """
-import json, sys
+ON_JAX = """
+import json
 parameters = {"EPOCHS": 1, "FILTERS": 8, "START": "", "MUON": False}
 names = {"display": lambda table: None}
 for cell in json.load(open("train.ipynb", encoding="utf-8"))["cells"]:
@@ -238,33 +239,54 @@ for cell in json.load(open("train.ipynb", encoding="utf-8"))["cells"]:
         exec("".join(cell["source"]), names)
         if "parameters" in cell["metadata"].get("tags", []):
             names |= parameters
-        if "LEARNING_RATE = " in "".join(cell["source"]):
-            print("devices:", names["devices"])
 """
 
 
+def start_on_jax(folder, devices=1, **options):
+    """Start the notebook's cells in a folder on some simulated devices of JAX; return the process.
+
+    Without Muon, which makes 2e-4 of a last digit: so do the same slices in another order.
+    options : further environment variables
+    """
+    hidden = {"PYTEST_CURRENT_TEST", "KERAS_BACKEND"}
+    environment = {name: os.environ[name] for name in os.environ.keys() - hidden}
+    environment |= {"KERAS_BACKEND": "jax", "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", ON_JAX]
+    return subprocess.Popen(command, cwd=folder, env=environment | options, **pipes)
+
+
+def results(folder, process, devices):
+    """Return the weights, the Dice and the probabilities that a process on devices ends with."""
+    said, errors = process.communicate()
+    assert process.returncode == 0 and f"devices: {devices}\n" in said, errors
+    scores = pd.read_csv(folder / "preds" / "metrics.csv").dice
+    kept = keras.models.load_model(folder / "preds" / "unet.keras").get_weights()
+    probabilities = np.load(folder / "preds" / "probabilities.npy")
+    return np.concatenate([w.ravel() for w in kept]), scores, probabilities
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs jax")
-def test_four_devices_of_jax_train_and_predict_as_one_does(copied):
-    # Without Muon, which makes 2e-4 of a last digit: so do the same slices in another order.
+def test_four_devices_or_two_machines_of_jax_train_and_predict_as_one_does(copied, tmp_path):
     folder, _ = copied
     run(folder, "data.py", "--size", "64")
-    found = {}
-    for devices in (1, 4):
-        hidden = {"PYTEST_CURRENT_TEST", "KERAS_BACKEND"}
-        environment = {name: os.environ[name] for name in os.environ.keys() - hidden}
-        environment |= {"KERAS_BACKEND": "jax", "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu"}
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, "-c", ON_FOUR_DEVICES]
-        said = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert said.returncode == 0 and f"devices: {devices}" in said.stdout, said.stderr
-        scores = pd.read_csv(folder / "preds" / "metrics.csv")
-        network = keras.models.load_model(folder / "preds" / "unet.keras")
-        probabilities = np.load(folder / "preds" / "probabilities.npy")
-        found[devices] = network.get_weights(), scores.dice, probabilities
-    one, four = (np.concatenate([w.ravel() for w in found[n][0]]) for n in (1, 4))
-    assert np.linalg.norm(one - four) <= 1e-5 * np.linalg.norm(one)
-    np.testing.assert_allclose(found[1][1], found[4][1], atol=1e-4)
-    assert np.abs(found[1][2] - found[4][2]).max() < 0.01 and found[4][2].any(axis=(1, 2)).all()
+    second = tmp_path.with_name(f"{tmp_path.name}_second")
+    shutil.copytree(folder, second)
+    weights, dices, probabilities = results(folder, start_on_jax(folder), 1)
+    found = [results(folder, start_on_jax(folder, 4), 4)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    job = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
+    both = {
+        path: start_on_jax(path, **job, KERAS_DISTRIBUTION_PROCESS_ID=str(machine))
+        for machine, path in enumerate((folder, second))
+    }
+    found += [results(path, process, 2) for path, process in both.items()]
+    for other_weights, other_dices, others in found:
+        assert np.linalg.norm(weights - other_weights) <= 1e-5 * np.linalg.norm(weights)
+        np.testing.assert_allclose(dices, other_dices, atol=1e-4)
+        assert np.abs(probabilities - others).max() < 0.01 and others.any(axis=(1, 2)).all()
 
 
 def test_the_readme_names_files_that_exist():
