@@ -232,7 +232,7 @@ def test_a_training_begins_where_the_model_that_it_starts_from_ended(copied):
 
 ON_JAX = """
 import json
-parameters = {"EPOCHS": 1, "FILTERS": 8, "START": "", "MUON": False}
+parameters = {"EPOCHS": 1, "FILTERS": 8, "START": "start.keras", "MUON": False}
 names = {"display": lambda table: None}
 for cell in json.load(open("train.ipynb", encoding="utf-8"))["cells"]:
     if cell["cell_type"] == "code":
@@ -269,7 +269,8 @@ def results(folder, process, devices):
 
 @pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs jax")
 def test_four_devices_or_two_machines_of_jax_train_and_predict_as_one_does(copied, tmp_path):
-    folder, _ = copied
+    folder, known = copied
+    shutil.copy(known / "unet.keras", folder / "start.keras")
     run(folder, "data.py", "--size", "64")
     second = tmp_path.with_name(f"{tmp_path.name}_second")
     shutil.copytree(folder, second)
