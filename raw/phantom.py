@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter, label
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
-from volumes import ROOT, as_nifti, named, open_volume, sides, whole
+from volumes import ROOT, as_nifti, named, open_volume, whole
 
 MARK = b"synthetic liver phantom"  # NIfTI header field `descrip`: how a rerun knows its own files
 OWN_NAME = re.compile(r"phantom_\d{2,}_(orig|liver)\.nii\.gz")
@@ -506,17 +506,10 @@ def draw_labels(axes_mm: list[np.ndarray], lesion: str, rng) -> np.ndarray:
 
 
 FIXED = ("air", "table shell", "table foam", "lung", "gas", "cortical bone", "bright spot")
-TEXTURES = {  # greatest standard deviation in HU, fine and coarse; 8 and 8 if not named
-    "fat": (16, 16),
-    "muscle": (14, 16),
-    "lung": (60, 40),
-    "cortical bone": (120, 60),
-    "spongy bone": (60, 60),
-    "gut content": (25, 20),
-    "stomach content": (25, 40),
-    "stool": (90, 60),
-    "fluid": (4, 4),
-}
+# greatest standard deviation in HU, fine and coarse; 8 and 8 if not named
+TEXTURES = {"fat": (16, 16), "muscle": (14, 16), "lung": (60, 40), "fluid": (4, 4)}
+TEXTURES |= {"cortical bone": (120, 60), "spongy bone": (60, 60), "stool": (90, 60)}
+TEXTURES |= {"gut content": (25, 20), "stomach content": (25, 40)}
 
 
 def draw_hu(phase: str, lesion: str, rng) -> np.ndarray:
@@ -653,19 +646,8 @@ def write_patient(folder: Path, number: int, matrix: int, seed: int) -> dict[str
     with whole(*(folder / f"{name}_{kind}.nii.gz" for kind in ("orig", "liver"))) as drafts:
         for image, draft in zip(images, drafts, strict=True):
             nib.save(image, draft)  # gzipped at level 1 and without a date
-    image, mask = images
     phase, lesion, _ = patient_kind(number)
-    sizes_mm = image.header.get_zooms()
-    return {
-        "patient": name,
-        "split": folder.name,
-        "voxels": sides(image.shape),
-        "spacing_mm": " x ".join(f"{mm:.2f}" for mm in sizes_mm),
-        "axes": "".join(nib.aff2axcodes(image.affine)),
-        "liver_ml": round(np.count_nonzero(mask.dataobj) * np.prod(sizes_mm) / 1000),
-        "phase": phase,
-        "lesion": lesion,
-    }
+    return {"patient": name, "split": folder.name, "phase": phase, "lesion": lesion}
 
 
 def parse_options() -> argparse.Namespace:
