@@ -274,7 +274,7 @@ def test_four_devices_or_two_machines_of_jax_train_and_predict_as_one_does(copie
     run(folder, "data.py", "--size", "64")
     second = tmp_path.with_name(f"{tmp_path.name}_second")
     shutil.copytree(folder, second)
-    weights, dices, probabilities = results(folder, start_on_jax(folder), 1)
+    learned, dices, probabilities = results(folder, start_on_jax(folder), 1)
     found = [results(folder, start_on_jax(folder, 4), 4)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -284,8 +284,8 @@ def test_four_devices_or_two_machines_of_jax_train_and_predict_as_one_does(copie
         for machine, path in enumerate((folder, second))
     }
     found += [results(path, process, 2) for path, process in both.items()]
-    for other_weights, other_dices, others in found:
-        assert np.linalg.norm(weights - other_weights) <= 1e-5 * np.linalg.norm(weights)
+    for other_learned, other_dices, others in found:
+        assert np.linalg.norm(learned - other_learned) <= 1e-5 * np.linalg.norm(learned)
         np.testing.assert_allclose(dices, other_dices, atol=1e-4)
         assert np.abs(probabilities - others).max() < 0.01 and others.any(axis=(1, 2)).all()
 
