@@ -45,16 +45,19 @@ LAYOUTS = (
     ("imagesVa/{}*", "labelsVa/{}*", "{}"),
     ("{}/ct", "{}/segmentations/liver", "{}"),  # TotalSegmentator
 )
-OTHER_ORGANS = "segmentations"  # a folder whose other masks are passed over
+OTHER_ORGANS = "segmentations"  # a folder of a scan's, whose other masks are passed over
 FAT_HU = -100  # below it lie fat and air
 BODY_HU = -300  # below it lie air and lungs
+MOST_BODY_HU = 180  # the median of all but air and lungs: fat and soft tissue
 LIVER_ML = (200, 4000)
 FIELD_MM = (20, 2000)
+LEAST_PIXEL_MM = 0.2
 MOST_ASKEW = 25  # degrees
+SQUARE = 1.5  # how many times as long as wide a pixel of a slice may be
 MOST_FAT = 0.05  # of a liver's voxels, how many may be air or fat
 SOFT_HU = (-99, 200)  # within any window that a copy may have been clipped to
 SIGNATURE = 16  # slices by which a scan is known again
-COPIED = 0.5  # of the signature; more in common makes two scans one
+COPIED = 0.1  # of the signature; more in common makes two scans one, or one a part of the other
 LIVER_HU = (0, 250)  # the median: from a fatty liver to one full of contrast medium
 SIDE = 0.02  # of the width of the volume: what lies closer to the body's middle is on no side
 COLUMNS = ("scan", "patient", "voxels", "spacing_mm", "axes", "labels", "liver_ml", "liver_hu")
@@ -130,9 +133,9 @@ def find_files(split: str, owners: dict[str, str]) -> tuple[list[Files], list[st
                 )
             else:
                 found[same(name)] = files._replace(**{role: path})
-        elif path.parent.name != OTHER_ORGANS:
+        elif path.parent.name != OTHER_ORGANS or path.parent.parent == folder:
             others.append(path)
-    say_left_out(others, "NAME_orig.nii.gz or NAME_liver.nii.gz")
+    say_left_out(others, f"raw/{split}/NAME_orig.nii.gz or raw/{split}/NAME_liver.nii.gz")
     return [files for _, files in sorted(found.items())], faults
 
 
@@ -218,8 +221,8 @@ def find_scans(only: str | None) -> tuple[dict[str, list[Files]], list[str]]:
     if not found[wanted]:
         raise FileNotFoundError(
             f"raw/{wanted} holds no volumes named NAME_orig.nii or NAME_orig.nii.gz: put CT scans "
-            "there, run `python raw/ircad.py` for 3D-IRCADb-01 or `python raw/phantom.py` for "
-            "synthetic ones"
+            "there, from DICOM with `python raw/dicom.py FOLDER`, or run `python raw/ircad.py` for "
+            "3D-IRCADb-01, `python raw/phantom.py` for synthetic ones"
         )
     if not found["test"]:
         print("raw/test holds no scans: nothing will be segmented or scored")
@@ -309,6 +312,7 @@ def odd_header(image: nib.Nifti1Image) -> list[str]:
     pixdim, sizes = np.array(header.get_zooms()[:3]), voxel_sizes(image.affine)
     field_mm = sorted(image.shape[:3] * sizes)[1]  # of slices, however long the scan is
     askew = np.degrees(obliquity(image.affine).max())
+    pixel = np.sort(sizes[nib.io_orientation(image.affine)[:, 0] < 2])  # along left and front
     (least, most), most_askew = FIELD_MM, MOST_ASKEW
     rules = {
         "its header does not say how it lies, check left and right in preds/": not placed,
@@ -319,6 +323,10 @@ def odd_header(image: nib.Nifti1Image) -> list[str]:
         "is taken": not (parted or np.allclose(pixdim, sizes, rtol=0.01)),
         f"its slices are {field_mm:.3g} mm wide, wanted {least} to {most}, as if its header were "
         "not in mm": not least <= field_mm <= most,
+        f"its pixels are {pixel[0]:.2g} mm wide, wanted {LEAST_PIXEL_MM} or more, as if its header "
+        "were not in mm": pixel[0] < LEAST_PIXEL_MM and least <= field_mm,
+        f"its axial slices have pixels of {as_mm(pixel)} mm, as if its axes were in another "
+        "order": pixel[1] > SQUARE * pixel[0],
         f"it lies {askew:.0f} degrees askew, so that no slice is axial": askew > most_askew,
     }
     return [sentence for sentence, broken in rules.items() if broken]
@@ -333,7 +341,9 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
     """Return what a scan holds by the names of COLUMNS; `odd` is what is odd about its headers."""
     affine = open_volume(files.image).affine
     sizes = voxel_sizes(affine)
-    inside, slices = histograms(image, liver, files.image)
+    everywhere, inside, slices, gaps = histograms(image, liver, files.image)
+    everywhere[: 2**15 + BODY_HU] = 0  # air and lungs
+    median = median_hu(everywhere)
     voxels, labels = int(inside.sum()), [] if liver is None else liver.labels
     labels = " ".join(f"{label:.4g}" for label in labels)
     row = {
@@ -346,11 +356,15 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
         "odd": odd + [f"{image.gaps} voxels hold no number, they are air now"] * (image.gaps > 0),
         "values": " ".join(sorted(slices)[:SIGNATURE]),
     }
+    if median > MOST_BODY_HU:
+        row["odd"].append(
+            f"a body of {median} HU, wanted at most {MOST_BODY_HU}, as if it were not in HU"
+        )
     if liver is None:
         return row
     row["liver_ml"] = ml = round(voxels * sizes.prod() / 1000, 1)
     if voxels:
-        row["liver_hu"] = int(np.searchsorted(inside.cumsum(), (voxels + 1) // 2)) - 2**15
+        row["liver_hu"] = median_hu(inside)
         row["side"] = side_of(image, liver.voxels, affine)
     hu, (least, most) = row.get("liver_hu", LIVER_HU[0]), LIVER_ML
     fat = inside[: 2**15 + FAT_HU].sum() / max(voxels, 1)
@@ -363,31 +377,45 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
         ),
         f"{fat:.0%} of its liver are air or fat, as if the mask were not this scan's or lay on "
         "other axes": fat > MOST_FAT,
+        f"{gaps} slices without liver between those with it, as if not all were annotated": gaps
+        > 1,
         "a liver on the patient's left, as if the scan were mirrored": row.get("side") == "left",
     }
     row["odd"] += [sentence for sentence, broken in rules.items() if broken]
     return row
 
 
-def histograms(image: Volume, liver: Liver | None, scan: Path) -> tuple[np.ndarray, set[str]]:
-    """Return how often each HU from -32768 to 32767 is there in the liver, and a name a slice.
+def histograms(
+    image: Volume, liver: Liver | None, scan: Path
+) -> tuple[np.ndarray, np.ndarray, set[str], int]:
+    """Return how often each HU from -32768 to 32767 is there, and in the liver, and two facts more.
 
-    The name, of an axial slice, follows from how often each HU of soft tissue is there, so that
-    neither axes nor header, file type, padding or clipping can hide a copy.
+    These are a name a slice, and how many slices without liver lie between those with it. The name,
+    of an axial slice, follows from how often each HU of soft tissue is there, so that neither axes
+    nor header, file type, padding or clipping can hide a copy.
     """
-    counts, names = np.zeros(2**16, np.int64), set()
+    everywhere, counts = np.zeros((2, 2**16), np.int64)
+    names, with_liver = set(), []
     low, high = (2**15 + hu for hu in SOFT_HU)
     planes = upright(image.voxels, scan)  # slice by slice, for the memory
     livers = repeat(None) if liver is None else upright(liver.voxels, scan)
-    for plane, inside in zip(planes, livers, strict=False):
+    for number, (plane, inside) in enumerate(zip(planes, livers, strict=False)):
         hu = np.rint(plane.astype(np.float32) * image.slope + image.inter)
         bins = (hu.clip(-(2**15), 2**15 - 1) + 2**15).astype(np.intp)
-        soft = np.bincount(bins.ravel(order="K"), minlength=2**16)[low:high]
-        if soft.any():
-            names.add(hashlib.blake2b(soft.tobytes(), digest_size=8).hexdigest())
+        found = np.bincount(bins.ravel(order="K"), minlength=2**16)
+        everywhere += found
+        if found[low:high].any():
+            names.add(hashlib.blake2b(found[low:high].tobytes(), digest_size=8).hexdigest())
         if inside is not None and inside.any():
             counts += np.bincount(bins[inside], minlength=2**16)
-    return counts, names
+            with_liver.append(number)
+    gaps = int(np.ptp(with_liver)) + 1 - len(with_liver) if with_liver else 0
+    return everywhere, counts, names, gaps
+
+
+def median_hu(counts: np.ndarray) -> int:
+    """Return the median of what `histograms` counted, in HU."""
+    return int(np.searchsorted(counts.cumsum(), (counts.sum() + 1) // 2)) - 2**15
 
 
 def side_of(image: Volume, liver: np.ndarray, affine: np.ndarray) -> str:

@@ -90,11 +90,15 @@ def test_masks_of_other_organs_beside_a_liver_and_hidden_files_are_passed_over(r
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["p1_bone.nii.gz", "p1_liver.nrrd", "p1_orig.nii.gz.part"])
+@pytest.mark.parametrize(
+    "name",
+    ["p1_bone.nii.gz", "p1_liver.nrrd", "p1_orig.nii.gz.part", "segmentations/p1_liver.nii.gz"],
+)
 def test_a_file_of_another_name_is_left_out_aloud(root, name, capsys):
     touch(root, "test/p1_orig.nii", f"test/{name}")
     assert len(found("test")["test"]) == 1
-    said = f"raw/test/{name} is left out: wanted NAME_orig.nii.gz or NAME_liver.nii.gz\n"
+    wanted = "wanted raw/test/NAME_orig.nii.gz or raw/test/NAME_liver.nii.gz"
+    said = f"raw/test/{name} is left out: {wanted}\n"
     assert capsys.readouterr().out == said
 
 
@@ -347,6 +351,10 @@ ODD_HEADERS = {
         header(np.diag([-0.001, -0.001, 0.002, 1])),
         ["its slices are 0.032 mm wide, wanted 20 to 2000"],
     ),
+    "pixels of a slice that are not square": (
+        header(np.diag([-1.0, -2.0, 2.0, 1.0])),
+        ["its axial slices have pixels of 1 x 2 mm, as if its axes were in another order"],
+    ),
     "askew": (
         header(np.array([[-1, 0, 0, 0], [0, -0.8, -1.2, 0], [0, -0.6, 1.6, 0], [0, 0, 0, 1]])),
         ["it lies 37 degrees askew, so that no slice is axial"],  # its tangent is 3 / 4
@@ -405,6 +413,17 @@ def test_a_scan_without_mask_is_measured_too(root):
     assert (row["labels"], row["odd"]) == ("", []) and "liver_ml" not in row
 
 
+def test_a_body_that_is_not_in_hu_is_said_without_a_mask(root):
+    (odd,) = measured(root, body_and_liver()[0] + 200, None)["odd"]  # soft tissue of 40 HU
+    assert odd == "a body of 240 HU, wanted at most 180, as if it were not in HU"
+
+
+def test_a_header_in_centimetres_is_said(root):
+    path = save(root / "a_orig.nii", np.zeros((512, 512, 2), np.int16), np.diag([0.07] * 3 + [1]))
+    (odd,) = scans.odd_header(nib.load(path))  # slices are 36 mm wide, as those of a toe may be
+    assert odd == "its pixels are 0.07 mm wide, wanted 0.2 or more, as if its header were not in mm"
+
+
 ODD_LIVERS = {
     "small": (LPS, lambda image, liver: None, ["a liver of 0.6 ml, wanted 200 to 4000"]),
     "large": (
@@ -426,6 +445,11 @@ ODD_LIVERS = {
         np.diag([-10.0, -10.0, 20.0, 1.0]),
         lambda image, liver: image.__setitem__(np.s_[4:14, 6:7, 2:5], -500),  # 30 of 300 voxels
         ["10% of its liver are air or fat, as if the mask were not this scan's or lay on other a"],
+    ),
+    "in every third slice": (
+        np.diag([-10.0, -10.0, 20.0, 1.0]),
+        lambda image, liver: (liver.__setitem__(np.s_[..., 3:], 0), liver[6:12, 6:16, 5].fill(1)),
+        ["2 slices without liver between those with it, as if not all were annotated"],
     ),
     "mirrored": (
         np.diag([10.0, -10.0, 20.0, 1.0]),
@@ -484,6 +508,8 @@ COPIES = {
     "padded": lambda image: {"image": np.where(image < -900, -1024, image)},
     "clipped": lambda image: {"image": image.clip(-160, 240)},
     "less five slices": lambda image: {"image": image[..., 2:-3]},
+    "every third slice": lambda image: {"image": image[..., ::3]},
+    "a half of it": lambda image: {"image": image[..., 6:18]},
     "less the air around it": lambda image: {"image": image[1:-1, 2:-2]},
 }
 
@@ -496,10 +522,10 @@ def test_one_scan_in_both_splits_is_found_whatever_its_name_and_axes(root, case)
     assert fault.startswith("raw/test holds with x2 the voxels of x1 in raw/train, and a test on")
 
 
-def test_scans_of_which_most_slices_differ_in_a_voxel_are_two(root):
+def test_scans_that_share_a_slice_by_chance_are_two(root):
     image = thick()
     one = row_of(root, image, "x1")
-    image[9, 9, :16] += 1
+    image[9, 9, 1:] += 1
     other = row_of(root, image, "x2")
     assert scans.find_copies({"train": [one], "test": [other]}) == []
     assert one["odd"] == other["odd"] == []
