@@ -82,6 +82,13 @@ def test_a_damaged_file_is_named_in_one_line(root, case):
         volumes.read_voxels(path, 0)
 
 
+def test_of_a_web_page_saved_as_a_scan_nothing_else_is_said(root, caplog):
+    (root / "a_orig.nii.gz").write_bytes(b"<html>" * 100)
+    with pytest.raises(ValueError, match="a_orig.nii.gz cannot be read as a whole file"):
+        volumes.open_volume(root / "a_orig.nii.gz")
+    assert caplog.records == []
+
+
 def test_a_file_without_gzip_that_is_cut_short_is_named_too(root):
     path = save(root / "p1_orig.nii", body_and_liver()[0])
     path.write_bytes(path.read_bytes()[:2000])
