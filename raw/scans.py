@@ -377,8 +377,7 @@ def measure(files: Files, image: Volume, liver: Liver | None, odd: list[str]) ->
         ),
         f"{fat:.0%} of its liver are air or fat, as if the mask were not this scan's or lay on "
         "other axes": fat > MOST_FAT,
-        f"{gaps} slices without liver between those with it, as if not all were annotated": gaps
-        > 1,
+        f"{gaps} slices without liver between those with it, as if not all were marked": gaps > 1,
         "a liver on the patient's left, as if the scan were mirrored": row.get("side") == "left",
     }
     row["odd"] += [sentence for sentence, broken in rules.items() if broken]
@@ -404,8 +403,9 @@ def histograms(
         bins = (hu.clip(-(2**15), 2**15 - 1) + 2**15).astype(np.intp)
         found = np.bincount(bins.ravel(order="K"), minlength=2**16)
         everywhere += found
-        if found[low:high].any():
-            names.add(hashlib.blake2b(found[low:high].tobytes(), digest_size=8).hexdigest())
+        soft = found[low:high]
+        if np.count_nonzero(soft) > 1:  # blank slices are alike in all scans
+            names.add(hashlib.blake2b(soft.tobytes(), digest_size=8).hexdigest())
         if inside is not None and inside.any():
             counts += np.bincount(bins[inside], minlength=2**16)
             with_liver.append(number)
