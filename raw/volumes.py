@@ -43,10 +43,11 @@ HU_SHARES = {
     "bone and metal": (600, np.inf, 0, 0.2),
 }
 MAX_LABELS = 256  # of a mask; what holds more values is none
-nib.imageglobals.logger.setLevel("CRITICAL")  # a damaged header is said in our own sentence
 MAX_BENT = 0.1  # how far scaling may have bent a label from its whole number
 LITS = [0, 1, 2]  # background, liver and its tumours
 SHOWN = 20  # labels, at most, in a sentence
+
+nib.imageglobals.logger.setLevel("CRITICAL")  # a damaged header is said in our own sentence
 
 
 class Volume(NamedTuple):
